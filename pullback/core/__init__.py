@@ -1,0 +1,1 @@
+"""The backward core: sites, problems, rules and the estimator. Imports torch and the standard library only."""

@@ -1,0 +1,58 @@
+"""Attribution engines. ``METHODS`` is the registry: the class of each method by its name; adding a line here adds it
+to the command line, the conformance suite and the tables of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .baselines import Blur, Constant, Dataset, Given, Mean, MeanEmbedding, TokenEmbedding, Uniform, Zeros
+from .cam import GradCAM, LayerCAM
+from .captum_adapter import Captum
+from .controls import EdgeDetector, RandomAttribution
+from .domains import InDomain
+from .expected_gradients import ExpectedGradients
+from .gradient import Gradient, InputXGradient
+from .integrated_gradients import IntegratedGradients
+from .smoothing import SmoothGrad, VarGrad
+
+METHODS: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        cls.__name__: cls
+        for cls in (
+            Gradient,
+            InputXGradient,
+            IntegratedGradients,
+            SmoothGrad,
+            VarGrad,
+            ExpectedGradients,
+            GradCAM,
+            LayerCAM,
+            InDomain,
+            Captum,
+            RandomAttribution,
+            EdgeDetector,
+        )
+    }
+)
+
+BASELINES: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        cls.__name__: cls
+        for cls in (Zeros, Constant, Mean, Blur, Given, Uniform, Dataset, MeanEmbedding, TokenEmbedding)
+    }
+)
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "saliency": "Gradient",
+        "ixg": "InputXGradient",
+        "ig": "IntegratedGradients",
+        "random": "RandomAttribution",
+        "edges": "EdgeDetector",
+        "mask": 'TokenEmbedding("mask")',
+        "pad": 'TokenEmbedding("pad")',
+    }
+)
+"""Short spellings that parsing also knows, beside every name without regard to case and underscores."""

@@ -1,0 +1,229 @@
+"""SmoothGrad and VarGrad of any method: averages over noisy points (Smilkov et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import noise as draws
+from ..core.errors import MethodError
+from ..core.estimator import Moments, stream
+from ..core.points import Point, expand_like, map_leaves, take
+from ..core.problem import Problem
+from .gradient import Gradient
+
+__all__ = ["SmoothGrad", "VarGrad"]
+
+Method = Callable[[Problem], Point]
+
+
+@dataclass(frozen=True)
+class SmoothGrad:
+    """The average of a method over noisy copies of the point.
+
+    ``(1/n) Σ m(x + ε_i)``, ε_i ~ N(0, σ²), σ = noise · (max x - min x) of each example. With ``Gradient`` it estimates
+    the gradient of the score convolved with the noise, so kinks and ripples smaller than σ disappear.
+
+    Args:
+        method: what to average; any callable that takes a problem.
+        samples: number of noisy copies. The standard error of the mean falls as 1/√samples; it is in the diagnostics.
+        noise: standard deviation as a fraction of each example's range at the site (dimensionless).
+        seed: names the draws. Rows of a batch share them; batch mates, order, chunk and device never change them.
+        moment: "mean", "square" (mean of squares, SmoothGrad-squared) or "variance" (population variance, VarGrad).
+        antithetic: draw noise in pairs ±ε, which cancels all odd-order error (even ``samples``).
+        independent: give each example of a batch its own draws, by its position.
+
+    Call:
+        problem -> (B, *S), in the method's units ("square", "variance": squared).
+
+    Cost: ``samples`` times the method.
+
+    Source: Smilkov et al. 2017, eq. 1; the square and variance forms: Hooker et al. 2019, Adebayo et al. 2018.
+
+    Example:
+        >>> import torch, pullback as pb
+        >>> pb.explain(torch.nn.Linear(2, 1), torch.ones(1, 2), method=SmoothGrad(samples=4)).values.shape
+        torch.Size([1, 2])
+    """
+
+    method: Any = field(default_factory=Gradient)
+    samples: int = 50
+    noise: float = 0.15
+    seed: int = 0
+    moment: str = "mean"
+    antithetic: bool = False
+    independent: bool = False
+
+    def __post_init__(self) -> None:
+        require_smoothing(self.method, self.samples, self.noise)
+        if self.moment not in ("mean", "square", "variance"):
+            raise MethodError(f'moment is "mean", "square" or "variance", got {self.moment!r}.')
+        if self.antithetic and self.samples % 2:
+            raise MethodError(f"antithetic noise comes in pairs: samples must be even, got {self.samples}.")
+
+    def __call__(self, problem: Problem) -> Point:
+        mean, variance = noisy_moments(problem, self)
+        if self.moment == "mean":
+            return mean
+        if self.moment == "variance":
+            return variance
+        return map_leaves(lambda m, v: m.abs().square() + v, mean, variance)
+
+
+@dataclass(frozen=True)
+class VarGrad:
+    """The variance of a method over noisy copies of the point: SmoothGrad with ``moment="variance"``.
+
+    Large where the explanation itself is unstable. Never negative.
+
+    Args: as SmoothGrad.
+
+    Source: Adebayo et al. 2018; population variance (1/n).
+
+    Example:
+        >>> import torch, pullback as pb
+        >>> float(pb.explain(torch.nn.Linear(2, 1), torch.ones(1, 2), method=VarGrad(samples=4)).values.abs().max())
+        0.0
+    """
+
+    method: Any = field(default_factory=Gradient)
+    samples: int = 50
+    noise: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_smoothing(self.method, self.samples, self.noise)
+
+    def __call__(self, problem: Problem) -> Point:
+        return SmoothGrad(self.method, self.samples, self.noise, self.seed, "variance")(problem)
+
+
+def noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
+    """Mean and population variance of a method over noisy points, from one sweep that methods may share."""
+    sweep = (smooth.method, smooth.samples, smooth.noise, smooth.seed, smooth.antithetic, smooth.independent)
+    mean, variance, facts = problem.shared(("noise", repr(sweep)), lambda: _noisy_moments(problem, smooth))
+    problem.record(**facts)
+    return mean, variance
+
+
+def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, dict[str, Any]]:
+    depth = str(nesting(smooth.method))
+    scale = map_leaves(lambda leaf: smooth.noise * example_range(leaf, problem.free), problem.point)
+    if smooth.noise > 0 and any(bool((each == 0).any()) for each in _tensors(scale)):
+        problem.note("an example is constant at the site, so its noise is zero and the result is the plain method there")
+    batch_draws: dict[tuple[int, int, str], Tensor] = {}
+
+    def drawn(node: int, row: int, name: str, leaf: Tensor) -> Tensor:
+        """One example's noise for one draw; padding gets none, so its length cannot change the draw."""
+        number, sign = (node // 2, 1 - 2 * (node % 2)) if smooth.antithetic else (node, 1)
+        stream_name = f"{depth}/{name}" + (f"/{int(problem.examples[row])}" if smooth.independent else "")
+        free = None if problem.free is None else problem.free[row]
+        shape = leaf.shape[1:] if free is None else (int(free.sum()), *leaf.shape[2:])
+        key = (number, shape[0] if shape else 0, stream_name)
+        if key not in batch_draws:
+            # rows come draw by draw, so only the present draw is worth keeping
+            if any(kept[0] != number for kept in batch_draws):
+                batch_draws.clear()
+            batch_draws[key] = complex_normal(shape, smooth.seed, number, stream_name, leaf)
+        unit = sign * batch_draws[key]
+        if free is None:
+            return unit
+        full = torch.zeros(leaf.shape[1:], dtype=unit.dtype)
+        full[free.cpu()] = unit
+        return full
+
+    def place(nodes: Tensor, index: Tensor) -> Point:
+        pairs = list(zip(nodes.tolist(), index.tolist(), strict=True))
+        moved: dict[str, Tensor] = {}
+        for name, leaf, sigma in _named(problem.point, scale):
+            noise = torch.stack([drawn(node, row, name, leaf) for node, row in pairs])
+            spread = noise.to(leaf.device) * expand_like(sigma[index.to(sigma.device)], leaf)
+            moved[name] = take(leaf, index) + spread.to(leaf.dtype)  # type: ignore[operator]
+        return moved[""] if isinstance(problem.point, Tensor) else moved
+
+    evaluate = None
+    if not isinstance(smooth.method, Gradient):
+
+        def evaluate(z: Point, nodes: Tensor, index: Tensor) -> Point:
+            result: Point = smooth.method(problem.rows(index, z))
+            return result
+
+    moments = stream(problem, torch.ones(smooth.samples), place, evaluate, second=True, progress="smoothgrad")
+    mean, variance = as_points(moments)
+    facts = {"standard_error": standard_error(problem, variance, smooth.samples)}
+    return like_point(mean, problem), like_point(variance, problem, real=True), facts
+
+
+def example_range(leaf: Tensor, free: Tensor | None) -> Tensor:
+    """max - min over each example, in at least float32, padding left out: (B,)."""
+    values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    values = values.detach().to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+    low = high = values
+    if free is not None:
+        padding = ~free.reshape(*free.shape, *[1] * (values.dim() - 2)).to(values.device)
+        low, high = values.masked_fill(padding, torch.inf), values.masked_fill(padding, -torch.inf)
+    return high.flatten(1).max(1).values - low.flatten(1).min(1).values
+
+
+def complex_normal(shape: Any, seed: int, draw: int, name: str, like: Tensor) -> Tensor:
+    """Standard normal noise; for complex values independent real and imaginary parts."""
+    if not like.is_complex():
+        return draws.normal(shape, seed, draw, name)
+    return torch.view_as_complex(draws.normal((*shape, 2), seed, draw, name))
+
+
+def nesting(method: Any) -> int:
+    """How many smoothings are nested inside a method, so that nested draws differ."""
+    inner = getattr(method, "method", None)
+    return 0 if inner is None else nesting(inner) + isinstance(method, (SmoothGrad, VarGrad))
+
+
+def standard_error(problem: Problem, variance: Point, samples: int) -> Point:
+    """Monte-Carlo standard error of a mean per entry, from the population variance of its draws."""
+    return map_leaves(lambda v: (v / max(1, samples - 1)).sqrt(), variance)
+
+
+def as_points(moments: Any) -> tuple[Point, Point]:
+    """Means and variances of one Moments or a dict of them."""
+    if isinstance(moments, Moments):
+        return moments.mean, moments.variance()
+    return {n: m.mean for n, m in moments.items()}, {n: m.variance() for n, m in moments.items()}
+
+
+def like_point(values: Point, problem: Problem, real: bool = False) -> Point:
+    """Accumulated values back in the dtype of the point (its real part for real results)."""
+    first = _tensors(problem.point)[0]
+    dtype = first.real.dtype if first.is_complex() else first.dtype
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(first.dtype if leaf.is_complex() and not real else dtype)
+
+    return map_leaves(cast, values)
+
+
+def require_smoothing(method: Any, samples: int, noise: float) -> None:
+    """Check the parameters that SmoothGrad and VarGrad share. Raises MethodError."""
+    if not callable(method):
+        raise MethodError(f"method is a method object such as Gradient(), got {method!r}.")
+    if isinstance(method, type):
+        raise MethodError(f"method is a class; give an object: {method.__name__}().")
+    if samples < 1 or not noise >= 0:
+        raise MethodError(f"samples is at least 1 and noise at least 0, got samples={samples}, noise={noise}.")
+
+
+def _tensors(point: Point) -> list[Tensor]:
+    return [point] if isinstance(point, Tensor) else list(point.values())
+
+
+def _named(point: Point, scale: Point) -> list[tuple[str, Tensor, Tensor]]:
+    if isinstance(point, Tensor):
+        assert isinstance(scale, Tensor)
+        return [("", point, scale)]
+    assert isinstance(scale, dict)
+    return [(name, leaf, scale[name]) for name, leaf in point.items()]
+
+

@@ -1,0 +1,202 @@
+"""A model posed at a site: rows of values in, one score per row out, on a private shadow of the user's model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .edits import edit
+from .errors import SiteError
+from .inputs import ModelInputs
+from .points import Point, leaves, map_leaves, take
+from .sites import Site
+from .targets import Resolved
+
+__all__ = ["PosedModel", "Variant", "gradients_enabled", "kept_random_state"]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One call of the model that a target needs: the inputs as given, or with a continuation appended.
+
+    ``kept`` (B, T') marks the positions of a longer sequence that are the prompt's; None where nothing was appended.
+    """
+
+    inputs: ModelInputs
+    kept: Tensor | None = None
+
+
+@dataclass(eq=False)
+class PosedModel:
+    """Everything fixed by ``pose``: the shadow, the inputs, the site, the targets and the clean point.
+
+    ``lock`` makes one posed model safe to evaluate from several threads: hooks on the shadow are per forward.
+    """
+
+    module: Callable[..., Any]
+    variants: Sequence[Variant]
+    site: Site
+    leaf_names: tuple[str, ...]
+    point: Point
+    targets: tuple[Resolved, ...]
+    paired: bool = False
+    free: Tensor | None = None
+    stochastic: bool = False
+    seed: int = 0
+    asked_site: str = "input"
+    token_site: bool = False
+    tokenizer: Any = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def inputs(self) -> ModelInputs:
+        return self.variants[0].inputs
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.module, "config", None)
+
+    @property
+    def batch(self) -> int:
+        return self.inputs.batch
+
+    def output(self, z: Point, examples: Tensor) -> Any:
+        """The model's output where the value at the site is z, one row per entry of ``examples``."""
+        outputs = tuple(self._call(variant, z, examples) for variant in self.variants)
+        return outputs if self.paired else outputs[0]
+
+    def scores(self, z: Point, examples: Tensor, asked: Tensor) -> Tensor:
+        """One score per row, (R,), differentiable in z. ``asked`` says which target each row is for."""
+        z = self.held(z, examples)
+        output = self.output(z, examples)
+        if len(self.targets) == 1:
+            return self.score_of(0, output, examples)
+        every = torch.stack([self.score_of(number, output, examples) for number in range(len(self.targets))], 1)
+        return every.gather(1, asked.to(every.device)[:, None])[:, 0]
+
+    def score_of(self, number: int, output: Any, examples: Tensor) -> Tensor:
+        return self.targets[number].score(output, examples)
+
+    def held(self, z: Point, examples: Tensor) -> Point:
+        """z with padding kept at its clean value: it never moves, so it never receives attribution."""
+        if self.free is None:
+            return z
+        free = self.free
+
+        def hold(leaf: Tensor, clean: Tensor) -> Tensor:
+            rows = free.to(leaf.device).index_select(0, examples.to(leaf.device))
+            return torch.where(rows.reshape(*rows.shape, *[1] * (leaf.dim() - 2)), leaf, clean)
+
+        return map_leaves(hold, z, take(self.point, examples))
+
+    def gradients(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
+        """Scores (R,) and their gradients at z. Rows that ask several targets at one place share its forward."""
+        variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
+        if len(self.targets) == 1:
+            scores = self.scores(variables, examples, asked)
+            return scores.detach(), _gradient(scores, variables, self.site)
+        place, first = _same_places(z, examples)
+        unique = map_leaves(lambda leaf: leaf[first.to(leaf.device)].detach().clone().requires_grad_(), z)
+        held = self.held(unique, examples[first])
+        output = self.output(held, examples[first])
+        scores = torch.empty(len(examples), dtype=torch.float64 if leaves(z)[0].device.type != "mps" else torch.float32)
+        gradient = map_leaves(torch.empty_like, z)
+        numbers = asked.unique().tolist()
+        for number in numbers:
+            rows = (asked == number).nonzero()[:, 0]
+            score = self.score_of(number, output, examples[first])
+            part = _gradient(score, unique, self.site, keep=number != numbers[-1])
+            scores[rows] = score.detach().to(scores)[place[rows]]
+
+            def fill(into: Tensor, found: Tensor, rows: Tensor = rows) -> Tensor:
+                into[rows.to(into.device)] = found[place[rows].to(found.device)]
+                return into
+
+            gradient = map_leaves(fill, gradient, part)
+        return scores, gradient
+
+    def _call(self, variant: Variant, z: Point, examples: Tensor) -> Any:
+        if self.site.kind == "input":
+            replaced = z if isinstance(z, dict) else {self.leaf_names[0]: z}
+            # cloned so that an in-place first operation does not meet a leaf
+            args, kwargs = variant.inputs.rows(examples, {name: leaf.clone() for name, leaf in replaced.items()})
+            return self._run(args, kwargs)
+        assert isinstance(z, Tensor)
+        value = z
+        used = 0
+
+        def substitute(current: Tensor, call: int) -> Tensor:
+            nonlocal used
+            used += 1
+            if variant.kept is None:
+                return value.to(current.dtype).clone()
+            kept = variant.kept.to(current.device).index_select(0, examples.to(current.device))
+            padded = torch.cat([value, value.new_zeros(len(value), kept.shape[1] - value.shape[1], *value.shape[2:])], 1)
+            return torch.where(kept.reshape(*kept.shape, *[1] * (current.dim() - 2)), padded, current)
+
+        args, kwargs = variant.inputs.rows(examples, {})
+        assert isinstance(self.module, nn.Module)
+        with edit(self.module, [(self.site, substitute)]):
+            output = self._run(args, kwargs)
+        if used != 1:
+            raise SiteError(
+                f'"{self.site}" ran {used} times in this forward pass but once in the first one: the model takes '
+                "another way through its modules at other values, so the site has no fixed place. Choose another site."
+            )
+        return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with kept_random_state(self.seed) if self.stochastic else nullcontext():
+            return self.module(*args, **kwargs)
+
+
+def _gradient(scores: Tensor, variables: Point, site: Site, keep: bool = False) -> Point:
+    if not scores.requires_grad:
+        raise SiteError(
+            f'the score does not depend on "{site}" through differentiable operations: the forward detaches it, '
+            "runs under no_grad, or never uses it. Choose a later site, or another target."
+        )
+    inputs = leaves(variables)
+    found = torch.autograd.grad(scores.sum(), inputs, retain_graph=keep, allow_unused=True)
+    if all(part is None for part in found):
+        raise SiteError(
+            f'the score does not depend on "{site}": no path leads from there to the target. '
+            "Choose a site before the target, or another target."
+        )
+    parts = iter(torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, inputs, strict=True))
+    return map_leaves(lambda leaf: next(parts), variables)
+
+
+def _same_places(z: Point, examples: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows repeat the place before them: (R,) numbers of distinct places, and the first row of each."""
+    fresh = torch.ones(len(examples), dtype=torch.bool)
+    same = examples[1:] == examples[:-1]
+    for leaf in leaves(z):
+        same = same & (leaf[1:] == leaf[:-1]).flatten(1).all(1).to(same.device)
+    fresh[1:] = ~same
+    return fresh.cumsum(0) - 1, fresh.nonzero()[:, 0]
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Autograd on, whatever the caller's mode is: also inside no_grad and inference_mode."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def kept_random_state(seed: int | None = None) -> Iterator[None]:
+    """The global random state of every device in use is afterwards as before; seeded inside if a seed is given."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

@@ -1,0 +1,285 @@
+"""A Problem: the value at a site, and one real number per example if the value there were another.
+
+Everything a method does is asked of a problem: ``score``, ``grad``, and the same problem moved (``at``), repeated
+(``rows``), seen in other coordinates (``in_domain``) or differentiated by other rules (``under``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .audit import audit, require_covered
+from .errors import InputError, MethodError
+from .overrides import Rule, overrides
+from .points import Point, leaves, map_leaves, take, widest
+from .posed import PosedModel, gradients_enabled
+from .resources import PeakMeter, Resources, is_out_of_memory
+
+__all__ = ["Domain", "Problem"]
+
+Result = TypeVar("Result")
+
+
+class Domain(Protocol):
+    """A change of variable: ``synthesis(analysis(x))`` is x again."""
+
+    def analysis(self, x: Tensor) -> Tensor:
+        """Coefficients of x, (B, ...) real or complex."""
+        ...
+
+    def synthesis(self, coefficients: Tensor) -> Tensor:
+        """The value with these coefficients; differentiable."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model cut at a site, with a score to explain.
+
+    Attributes:
+        point: the value at the site, (B, *S), or a dict of such tensors where several input leaves are explained.
+        posed: the model, the site and the targets.
+        examples: (B,) which of the caller's examples each row is.
+        asked: (B,) which target each row is about (0 unless several were posed together).
+        resources: chunk and memory policy.
+        diagnostics: what methods record about their result, for example the completeness gap.
+    """
+
+    point: Point
+    posed: PosedModel
+    examples: Tensor
+    asked: Tensor
+    resources: Resources
+    evaluations: Tensor
+    domains: tuple[Domain, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    uncovered: str = "error"
+    known_score: Tensor | None = None
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    memo: dict[Any, Any] | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.examples)
+
+    @property
+    def device(self) -> torch.device:
+        return leaves(self.point)[0].device
+
+    @property
+    def site(self) -> str:
+        return self.posed.asked_site
+
+    @property
+    def free(self) -> Tensor | None:
+        """(B, T) true where the value may move: everywhere but at padding. None where there is no padding."""
+        free = self.posed.free
+        return None if free is None or self.domains else free.index_select(0, self.examples.to(free.device))
+
+    # the same problem elsewhere
+
+    def at(self, z: Point) -> Problem:
+        """The problem with its point moved to z (same shape), for example by noise or a patch."""
+        self._require_shape(z, self.batch)
+        return replace(self, point=map_leaves(torch.Tensor.detach, z), known_score=None, diagnostics={}, memo=None)
+
+    def rows(self, index: Tensor, z: Point | None = None) -> Problem:
+        """A problem whose examples are the given rows of this one, repeated or left out, at their points or at z."""
+        known = self.known_score if z is None else None
+        return replace(
+            self,
+            point=take(self.point, index) if z is None else map_leaves(torch.Tensor.detach, z),
+            examples=self.examples[index],
+            asked=self.asked[index],
+            known_score=None if known is None else known[index.to(known.device)],
+            diagnostics={},
+            memo=None,
+        )
+
+    def in_domain(self, domain: Domain) -> Problem:
+        """The problem in other coordinates: point' = analysis(point), score'(c) = score(synthesis(c))."""
+        if not isinstance(self.point, Tensor):
+            raise MethodError(
+                f"a domain needs one tensor, but {len(self.point)} input leaves are explained: "
+                f'{", ".join(self.point)}. Choose one, for example site="input:{next(iter(self.point))}".'
+            )
+        return replace(self, point=domain.analysis(self.point), domains=(*self.domains, domain), memo=None)
+
+    def at_site(self) -> Problem:
+        """The problem in the site's own coordinates again."""
+        return replace(self, point=self._synthesis(self.point), domains=(), memo=None)
+
+    def analysis(self, z: Point) -> Point:
+        """Coefficients, in this problem's domains, of a value at the site."""
+        for domain in self.domains:
+            z = domain.analysis(z)  # type: ignore[arg-type]
+        return z
+
+    def under(self, rules: Sequence[Rule], *, uncovered: str = "error") -> Problem:
+        """The problem with the derivative of matching operations replaced; scores stay as they are."""
+        if uncovered not in ("error", "gradient"):
+            raise MethodError(f'uncovered is "error" or "gradient", got {uncovered!r}.')
+        return replace(self, rules=tuple(rules), uncovered=uncovered, memo=None)
+
+    def fresh(self, memo: dict[Any, Any] | None = None) -> Problem:
+        """The same problem with its own record, sharing a memo of what other methods computed."""
+        notes = {"notes": list(self.diagnostics.get("notes", []))}
+        return replace(self, evaluations=torch.zeros_like(self.evaluations), diagnostics=notes, memo=memo)
+
+    def evaluations_of_rows(self) -> Tensor:
+        """How many gradients were evaluated for each row so far: (B,)."""
+        return self.evaluations[self.examples * len(self.posed.targets) + self.asked]
+
+    # what a method may ask
+
+    def score(self, z: Point | None = None) -> Tensor:
+        """One real number per row, (R,), float64 where the device has it; z has k·B rows, the point if left out."""
+        if z is None and self.known_score is not None:
+            return self.known_score
+        z = self.point if z is None else z
+        rows = self._require_shape(z, None)
+        pieces = [self._scores(part, index) for part, index in self._pieces(z, rows)]
+        return torch.cat(pieces)
+
+    def grad(self, z: Point | None = None) -> Point:
+        """The gradient of the score at z (k·B rows; the point if left out), same structure as z."""
+        if z is None:
+            return self.shared("gradient", lambda: self._grad(self.point))
+        return self._grad(z)
+
+    def score_and_grad(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
+        """Scores (R,) and gradients of R rows, row r being about example ``index[r]``. Not divided into chunks."""
+        examples, asked = self.examples[index], self.asked[index]
+        self.evaluations.index_add_(0, examples * len(self.posed.targets) + asked, torch.ones_like(examples))
+        with self.posed.lock, gradients_enabled():
+            if not self.domains and not self.rules:
+                return self.posed.gradients(z, examples, asked)
+            return self._through(z, examples, asked)
+
+    def grad_rows(self, z: Point, index: Tensor) -> Point:
+        """Gradients of R rows at once, row r being about example ``index[r]``; in halves when memory runs out."""
+        return self._guarded(z, index)[1]
+
+    def shared(self, key: Any, compute: Callable[[], Result]) -> Result:
+        """Compute once per problem when several methods ask for the same thing (``compare``)."""
+        if self.memo is None:
+            return compute()
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]  # type: ignore[no-any-return]
+
+    def record(self, **facts: Any) -> None:
+        """Leave facts about the result for its diagnostics."""
+        self.diagnostics.update(facts)
+
+    def note(self, text: str) -> None:
+        """Leave a sentence for the reader of the result."""
+        notes = self.diagnostics.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
+
+    # evaluation in chunks
+
+    def chunk_rows(self) -> int:
+        """How many rows the estimator should bring at once."""
+        return self.resources.rows(self.device, self._peak) * len(self.posed.targets)
+
+    def _peak(self, rows: int) -> int:
+        """The most bytes alive at once while evaluating this many rows, beyond what was there before."""
+        with PeakMeter() as meter:
+            index = torch.zeros(rows, dtype=torch.long)
+            self.score_and_grad(take(self.point, index), index)
+        return meter.peak
+
+    def _grad(self, z: Point) -> Point:
+        rows = self._require_shape(z, None)
+        pieces = [self._guarded(part, index)[1] for part, index in self._pieces(z, rows)]
+        if len(pieces) == 1:
+            return pieces[0]
+        return map_leaves(lambda *parts: torch.cat(parts), *pieces)
+
+    def _pieces(self, z: Point, rows: int) -> list[tuple[Point, Tensor]]:
+        index = torch.arange(rows) % self.batch
+        size = rows if rows <= len(self.posed.targets) and self.resources.budget is None else self.chunk_rows()
+        parts = index.split(size)
+        starts = torch.arange(rows).split(size)
+        return [(take_slice(z, start), part) for start, part in zip(starts, parts, strict=True)]
+
+    def _guarded(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
+        """Scores and gradients of rows, in halves when memory runs out."""
+        try:
+            return self.score_and_grad(z, index)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.resources.halve(len(index), error)
+        half = torch.arange(len(index)).split(max(1, len(index) // 2))
+        parts = [self._guarded(take_slice(z, rows), index[rows]) for rows in half]
+        scores = torch.cat([scores for scores, _ in parts])
+        return scores, map_leaves(lambda *grads: torch.cat(grads), *(gradient for _, gradient in parts))
+
+    def _scores(self, z: Point, index: Tensor) -> Tensor:
+        examples, asked = self.examples[index], self.asked[index]
+        with self.posed.lock, torch.inference_mode(False), torch.no_grad():
+            scores = self.posed.scores(self._synthesis(z), examples, asked)
+        return widest(scores.detach())
+
+    def _synthesis(self, z: Point) -> Point:
+        for domain in reversed(self.domains):
+            z = domain.synthesis(z)  # type: ignore[arg-type]
+        return z
+
+    def _through(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
+        """Scores and gradients through a change of variable and under rules."""
+        variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
+        with self._overridden() as check:
+            scores = self.posed.scores(self._synthesis(variables), examples, asked)
+            check(scores)
+            found = torch.autograd.grad(scores.sum(), leaves(variables), allow_unused=True)
+        parts = iter(
+            torch.zeros_like(leaf) if part is None else part
+            for part, leaf in zip(found, leaves(variables), strict=True)
+        )
+        return scores.detach(), map_leaves(lambda leaf: next(parts), variables)
+
+    @contextmanager
+    def _overridden(self) -> Any:
+        if not self.rules:
+            yield lambda scores: None
+            return
+        module = self.posed.module
+        if not isinstance(module, torch.nn.Module):
+            raise MethodError("rules need a torch.nn.Module; a plain callable cannot be looked into.")
+        with overrides(module, self.rules) as coverage:
+
+            def check(scores: Tensor) -> None:
+                uncovered = audit(scores, coverage)
+                if self.uncovered == "error":
+                    require_covered(uncovered, ", ".join(repr(rule) for rule in self.rules))
+                self.record(coverage=coverage.summary())
+
+            yield check
+
+    def _require_shape(self, z: Point, rows: int | None) -> int:
+        given, wanted = leaves(z), leaves(self.point)
+        count = len(given[0]) if given and given[0].dim() else 0
+        right = rows == count if rows is not None else count > 0 and count % self.batch == 0
+        if not right or len(given) != len(wanted) or any(a.shape[1:] != b.shape[1:] for a, b in zip(given, wanted, strict=True)):
+            shapes = [tuple(leaf.shape) for leaf in given]
+            raise InputError(
+                f"a value at the site {self.site!r} has shape {[tuple(leaf.shape) for leaf in wanted]} "
+                f"(or a multiple of {self.batch} rows), got {shapes}."
+            )
+        return count
+
+
+def take_slice(point: Point, rows: Tensor) -> Point:
+    """Consecutive rows of a point, without a copy."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return map_leaves(lambda leaf: leaf[first:last], point)

@@ -1,0 +1,20 @@
+"""Data with known ground truth, some of it embedded; nothing is ever downloaded."""
+
+# Imported here and not on first use, because functions and files share names: importing the file
+# pullback.datasets.mnist first would otherwise leave the module where the function is expected.
+from pullback.datasets.block_mnist import BlockMNIST, block_mnist
+from pullback.datasets.idx import load_idx
+from pullback.datasets.mnist import Digits, fashion_mnist, mnist
+from pullback.datasets.theory import Signals, block_signal, signal_coordinates
+
+__all__ = [
+    "BlockMNIST",
+    "Digits",
+    "Signals",
+    "block_mnist",
+    "block_signal",
+    "fashion_mnist",
+    "load_idx",
+    "mnist",
+    "signal_coordinates",
+]

@@ -1,0 +1,22 @@
+"""Seeing attributions: pure functions from arrays to matplotlib Axes, and one offline HTML report."""
+
+from pullback.viz.curves import bars, curve
+from pullback.viz.image import heat_map, overlay
+from pullback.viz.report import Attributions, Figure, Prose, Table, write_report
+from pullback.viz.series import series
+from pullback.viz.tokens import html_spans, token_strip
+
+__all__ = [
+    "Attributions",
+    "Figure",
+    "Prose",
+    "Table",
+    "bars",
+    "curve",
+    "heat_map",
+    "html_spans",
+    "overlay",
+    "series",
+    "token_strip",
+    "write_report",
+]

@@ -30,6 +30,7 @@ from .attribution import (
     Uniform,
     VarGrad,
     Zeros,
+    as_captum,
 )
 from .core.errors import (
     CoverageError,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .as_captum import as_captum as as_captum
 from .baselines import Blur, Constant, Dataset, Given, Mean, MeanEmbedding, TokenEmbedding, Uniform, Zeros
 from .cam import GradCAM, LayerCAM
 from .captum_adapter import Captum

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -253,9 +253,9 @@ def embedding_module(problem: Problem) -> nn.Module:
     module = problem.posed.module
     if problem.posed.token_site and isinstance(module, nn.Module):
         found = problem.posed.site.module(module)
-        if not isinstance(found, nn.Embedding) and hasattr(module, "get_input_embeddings"):
-            found = module.get_input_embeddings()
-        return found
+        if problem.posed.site.side == "output":
+            return found
+        return cast(nn.Module, module.get_input_embeddings())  # type: ignore[operator]
     raise MethodError(f'text baselines need the site "embeddings"; this problem is at "{problem.site}".')
 
 

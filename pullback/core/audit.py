@@ -35,7 +35,7 @@ _WHAT: dict[Kind, str] = {
     "script": " (TorchScript: its operations cannot be seen)",
     "function": " (custom autograd.Function: its derivative cannot be seen)",
     "checkpoint": " (re-entrant checkpoint: use use_reentrant=False)",
-    "compiled": " (compiled before the rules were entered)",
+    "compiled": ' (torch.compile: call it under torch.compiler.set_stance("force_eager"))',
     "in-place": " (an in-place write that no handler saw)",
 }
 

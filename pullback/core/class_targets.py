@@ -177,6 +177,7 @@ class Logit:
         labels = [f"{name}{at}" for name, at in zip(scores.names(index), scores.places(), strict=True)]
         if scores.classes == 1 and self.index is None:
             labels = [f"the output{at}" for at in scores.places()]
+            return Resolved(tuple(labels), None, lambda output, rows: scores(output, rows)[:, 0])
         return Resolved(tuple(labels), index, lambda output, rows: pick(scores(output, rows), index, rows))
 
 

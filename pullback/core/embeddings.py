@@ -45,7 +45,7 @@ class _Watch:
         self.merges = bool(inputs.explained)
         self.calls: dict[str, int] = {}
         self.found: tuple[Site, Tensor] | None = None
-        self.merged: tuple[Site, Tensor] | None = None
+        self.handed_on: list[tuple[Site, Tensor]] = []
 
     def embedded(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -61,8 +61,8 @@ class _Watch:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call, calls[0] = calls[0], calls[0] + 1
             value = kwargs.get("inputs_embeds")
-            if self.merged is None and isinstance(value, Tensor) and value.is_floating_point():
-                self.merged = Site("module", path, call, "input", "inputs_embeds"), value.detach().clone()
+            if self.merges and isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
+                self.handed_on.append((Site("module", path, call, "input", "inputs_embeds"), value.detach().clone()))
 
         return hook
 
@@ -77,12 +77,22 @@ class _Watch:
 
     def resolve(self) -> tuple[Site, Tensor]:
         """The site and its clean value. Raises InputError where no embedding was seen."""
-        if self.merges and self.merged is not None and not self.given:
-            return self.merged
         if self.found is None:
             raise InputError(
                 f"the inputs are integers and no embedding module of {self.model_name} was called with them. "
                 "Explain a module site instead (pullback.sites(model) lists them), pass floating inputs, or embeddings "
                 "as inputs_embeds."
             )
+        if not self.given:
+            for site, value in self.handed_on:
+                if _merged(value, self.found[1]):
+                    return site, value
         return self.found
+
+
+def _merged(value: Tensor, embedded: Tensor) -> bool:
+    """Whether a value is the embedded tokens with other vectors put in at some positions."""
+    if value.shape != embedded.shape:
+        return False
+    kept = (value == embedded.to(value)).all(-1)
+    return bool(kept.any()) and not bool(kept.all())

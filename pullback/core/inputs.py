@@ -59,10 +59,11 @@ class ModelInputs:
             if name in replaced:
                 return replaced[name]
             leaf = self.leaf[name]
+            # always a copy: a forward may work in place, and these are the user's tensors
             if rows is None or name not in self.examples:
-                return leaf
+                return leaf.clone()
             if self.batch == 1:
-                return leaf.expand(len(rows), *leaf.shape[1:])
+                return leaf.expand(len(rows), *leaf.shape[1:]).contiguous() if len(rows) > 1 else leaf.clone()
             return leaf.index_select(0, rows.to(leaf.device))
 
         return self.call(value)

@@ -112,12 +112,13 @@ NONLINEAR: frozenset[str] = (
 )
 
 _OPERATORS: dict[str, str] = {
-    **{f"__{name}__": name for name in _words("add sub mul matmul pow neg abs getitem setitem")},
+    **{f"__{name}__": name for name in _words("add sub mul matmul pow neg abs getitem")},
     **{f"__i{name}__": f"{name}_" for name in ["add", "sub", "mul", "pow"]},
     "__radd__": "add",
     "__rmul__": "mul",
     "__pos__": "positive",
     "__imatmul__": "matmul_",
+    "__setitem__": "setitem_",
     **dict.fromkeys(("__div__", "__truediv__"), "div"),
     **dict.fromkeys(("__idiv__", "__itruediv__"), "div_"),
     "__mod__": "remainder",

@@ -141,11 +141,8 @@ class _Modules:
 
     @property
     def stack(self) -> list[tuple[_Frame, int]]:
-        try:
-            return self._local.stack  # type: ignore[no-any-return]
-        except AttributeError:
-            self._local.stack = []
-            return self._local.stack  # type: ignore[no-any-return]
+        stack: list[tuple[_Frame, int]] = self._local.__dict__.setdefault("stack", [])
+        return stack
 
     def _enter(self, frame: _Frame, module: nn.Module, args: Any) -> None:
         self.stack.append((frame, _get_sequence_nr()))
@@ -163,7 +160,7 @@ class _Modules:
         if not stack and torch._C._current_autograd_node() is not None:
             raise CoverageError(
                 f"{operation} is recomputed in the backward outside any module, so within={pattern!r} "
-                "cannot be decided: checkpoint whole modules instead of functions, or use a rule with within=None"
+                "cannot be decided: checkpoint whole modules, not functions, or a rule with within=None"
             )
         return any(fnmatchcase(text, pattern) for frame, _ in stack for text in frame.enclosing)
 
@@ -223,13 +220,9 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _never(*args: Any, **kwargs: Any) -> bool:
-    return False
-
-
 def _body(function: types.FunctionType) -> Callable[..., Any]:
     """The function with its "is anybody overriding?" test answered no, so that its inner calls are seen."""
-    tests = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
+    tests = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
         function.__code__,
         {**function.__globals__, **tests},
@@ -248,11 +241,9 @@ class _Plan:
     starts_backward: bool = False
 
 
-class _Untouched:
-    """Stands for functions whose arguments must be left alone, such as reading an attribute."""
-
-
-_UNTOUCHED: Final = _Untouched()
+_UNTOUCHED: Final = (
+    object()
+)  # stands for functions whose arguments are left alone, such as reading an attribute
 _MISSING: Final = object()
 _TENSOR_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
 
@@ -265,7 +256,7 @@ class _RuleMode(TorchFunctionMode):
         for rule in rules:
             for name in rule.operations:
                 self._rules.setdefault(name, []).append((rule, repr(rule)))
-        self._plans: dict[Any, _Plan | _Untouched | None] = {}
+        self._plans: dict[Any, Any] = {}
         self._expanding = threading.local()
 
     def __torch_function__(
@@ -277,7 +268,7 @@ class _RuleMode(TorchFunctionMode):
             plan = self._plans[function] = self._plan(function)
         if plan is _UNTOUCHED:
             return function(*args, **kwargs)
-        if isinstance(plan, _Plan) and plan.starts_backward:
+        if plan is not None and plan.starts_backward:
             return self._inside(function, args, kwargs)
         if self._detach and (
             _any_tensor(args, _is_stray) or (kwargs and _any_tensor(kwargs.values(), _is_stray))
@@ -292,7 +283,6 @@ class _RuleMode(TorchFunctionMode):
             or getattr(_thread, "paused", False)
         ):
             return function(*args, **kwargs)
-        assert isinstance(plan, _Plan)
         return self._differentiated(plan, function, args, kwargs)
 
     def _differentiated(
@@ -315,7 +305,8 @@ class _RuleMode(TorchFunctionMode):
                 return result
         if spelling.composite:
             return self._inside(function, args, kwargs)
-        nonlinear = is_nonlinear(spelling.name, args, kwargs)
+        seen = canonical_call(spelling, args, kwargs)[1:] if kwargs or spelling.swapped else (args, kwargs)
+        nonlinear = is_nonlinear(spelling.name, *seen)
         result = function(*args, **kwargs)
         if transformed:
             return result
@@ -331,16 +322,13 @@ class _RuleMode(TorchFunctionMode):
         self, plan: _Plan, frame: _Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[Rule, str] | None]:
         spelling = plan.spelling
-        matching = [
-            rule
-            for rule in plan.rules
-            if rule[0].within is None or self._modules.matches(rule[0].within, spelling.name)
-        ]
+        here = self._modules.matches
+        matching = [r for r in plan.rules if r[0].within is None or here(r[0].within, spelling.name)]
         if not matching:
             return None, None
         if kwargs.get("out") is not None:
             raise MethodError(
-                f"{spelling.name}(out=...) at {frame.path or 'the root'!r} writes into a tensor with no derivative; "
+                f"{spelling.name}(out=...) in module {frame.path!r} writes to a tensor with no derivative; "
                 f"the rule {matching[0][1]} needs its result: call {spelling.name} without out="
             )
         in_place, given, named = canonical_call(spelling, args, kwargs)
@@ -365,7 +353,7 @@ class _RuleMode(TorchFunctionMode):
             return target, rule
         return None, None
 
-    def _plan(self, function: Any) -> _Plan | _Untouched | None:
+    def _plan(self, function: Any) -> Any:
         spelling = canonical(function)
         if spelling is None:
             attribute = getattr(getattr(function, "__self__", None), "__name__", "")
@@ -392,7 +380,7 @@ class _RuleMode(TorchFunctionMode):
 
 @contextmanager
 def overrides(module: nn.Module, rules: Sequence[Rule], *, detach: bool = True) -> Iterator[Coverage]:
-    """While open, in this thread, matching operations take the derivative of the first rule that handles them.
+    """While open, matching operations in this thread take the derivative of the first rule to handle them.
 
     ``module`` is a private (shadow) tree: its hooks, removed on exit, tell where operations run. ``detach``
     makes stray trainable parameters constants. Values stay those without rules, bit for bit. Keep it open for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from .embeddings import find_embeddings
 from .errors import InputError, ModelError, SiteError, TargetError
 from .inputs import ModelInputs, read_inputs
 from .points import Point, map_leaves, widest
-from .posed import PosedModel, Variant
+from .posed import PosedModel, Variant, kept_random_state, random_state_lock
 from .problem import Problem
 from .resources import AllocationMeter, PeakMeter, Resources, is_out_of_memory
 from .shadow import shadow
@@ -166,7 +167,7 @@ class _Clean:
         size = self.resources.chunk or batch
         if self.resources.budget is not None:
             size = min(size, self._fitting())
-        start = 0
+        start, seeded = 0, self.stochastic
         while start < batch:
             rows = torch.arange(start, min(batch, start + size))
             try:
@@ -177,6 +178,12 @@ class _Clean:
                 if len(rows) == 1:
                     raise
                 size = max(1, len(rows) // 2)
+                continue
+            if self.stochastic and not seeded:
+                # again with the draws that every later evaluation will see, so that clean values belong to them
+                self.outputs.clear()
+                self.points.clear()
+                seeded, start = True, 0
                 continue
             start += len(rows)
 
@@ -189,26 +196,33 @@ class _Clean:
 
     def _run_rows(self, rows: Tensor | None) -> None:
         args, kwargs = self.read.rows(rows, {})
-        states = _random_states()
+        seeded = self.stochastic
         meter = AllocationMeter() if self.resources.row_bytes is None else nullcontext()
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), kept_random_state(0) if seeded else random_state_lock, ExitStack() as stack:
+            states = [] if seeded else _random_states()
             found: Any = None
             if self.site.kind == "embeddings":
                 assert isinstance(self.module, nn.Module)
                 found = stack.enter_context(find_embeddings(self.module, self.read))
             elif self.site.kind == "module":
                 assert isinstance(self.module, nn.Module)
-                found = stack.enter_context(capture(self.module, [self.site]))
+                # every call is read, so that an error can say how many there were
+                every = dataclasses.replace(self.site, call=None)
+                found = stack.enter_context(capture(self.module, [every]))[every]
             stack.enter_context(meter)
-            output = self.module(*args, **kwargs)
+            try:
+                output = self.module(*args, **kwargs)
+            finally:
+                # other threads may draw too, so the state counts only where this forward was seen to draw
+                if not seeded and isinstance(meter, AllocationMeter) and meter.draws:
+                    self.stochastic = _restored(states)
         if isinstance(meter, AllocationMeter):
             self.resources.row_bytes = meter.bytes // (self.read.batch if rows is None else len(rows))
-        self.stochastic |= _restored(states)
         if self.site.kind == "embeddings":
             self.site, point = found.resolve()
             self.points.append(point)
         elif self.site.kind == "module":
-            self.points.append(self._captured(found[self.site]))
+            self.points.append(self._captured(found))
         self.outputs.append(output)
 
     def _captured(self, values: list[Tensor]) -> Tensor:
@@ -228,7 +242,7 @@ class _Clean:
     def point(self) -> Point:
         if self.site.kind == "input":
             names = (self.site.leaf,) if self.site.leaf else self.read.explained
-            found: dict[str, Tensor] = {str(name): self.read.leaf[str(name)].detach() for name in names}
+            found: dict[str, Tensor] = {str(name): self.read.leaf[str(name)].detach().clone() for name in names}
             return found if len(found) > 1 else next(iter(found.values()))
         if len(self.points) == 1:
             return self.points[0]

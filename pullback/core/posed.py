@@ -21,6 +21,10 @@ from .targets import Resolved
 __all__ = ["PosedModel", "Variant", "gradients_enabled", "kept_random_state"]
 
 
+random_state_lock = threading.RLock()
+"""Held by whoever reads, seeds and puts back the global random state, which all threads share."""
+
+
 @dataclass(frozen=True, eq=False)
 class Variant:
     """One call of the model that a target needs: the inputs as given, or with a continuation appended.
@@ -196,7 +200,7 @@ def gradients_enabled() -> Iterator[None]:
 def kept_random_state(seed: int | None = None) -> Iterator[None]:
     """The global random state of every device in use is afterwards as before; seeded inside if a seed is given."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with random_state_lock, torch.random.fork_rng(devices):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -19,7 +19,7 @@ from .errors import InputError, MethodError
 from .overrides import Rule, overrides
 from .points import Point, leaves, map_leaves, take, widest
 from .posed import PosedModel, gradients_enabled
-from .resources import PeakMeter, Resources, is_out_of_memory
+from .resources import HELD_COPIES, PeakMeter, Resources, is_out_of_memory
 
 __all__ = ["Domain", "Problem"]
 
@@ -188,7 +188,9 @@ class Problem:
 
     def chunk_rows(self) -> int:
         """How many rows the estimator should bring at once."""
-        return self.resources.rows(self.device, self._peak) * len(self.posed.targets)
+        row = sum(widest(leaf[:1]).nbytes for leaf in leaves(self.point))
+        chosen = self.resources.rows(self.device, self._peak, row, HELD_COPIES * row * self.batch)
+        return chosen * len(self.posed.targets)
 
     def _peak(self, rows: int) -> int:
         """The most bytes alive at once while evaluating this many rows, beyond what was there before."""
@@ -218,7 +220,7 @@ class Problem:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.resources.halve(len(index), error)
+            self.resources.halve(len(index), error, len(self.posed.targets))
         half = torch.arange(len(index)).split(max(1, len(index) // 2))
         parts = [self._guarded(take_slice(z, rows), index[rows]) for rows in half]
         scores = torch.cat([scores for scores, _ in parts])
@@ -226,9 +228,16 @@ class Problem:
 
     def _scores(self, z: Point, index: Tensor) -> Tensor:
         examples, asked = self.examples[index], self.asked[index]
-        with self.posed.lock, torch.inference_mode(False), torch.no_grad():
-            scores = self.posed.scores(self._synthesis(z), examples, asked)
-        return widest(scores.detach())
+        try:
+            with self.posed.lock, torch.inference_mode(False), torch.no_grad():
+                scores = self.posed.scores(self._synthesis(z), examples, asked)
+            return widest(scores.detach())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.resources.halve(len(index), error, len(self.posed.targets))
+        half = torch.arange(len(index)).split(max(1, len(index) // 2))
+        return torch.cat([self._scores(take_slice(z, rows), index[rows]) for rows in half])
 
     def _synthesis(self, z: Point) -> Point:
         for domain in reversed(self.domains):

@@ -17,6 +17,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -75,12 +76,13 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, typ
 _ATOMS |= {torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator}
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _CONTAINERS = (list, dict, set, deque)
-_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"})
-_HOOKS |= {"_state_dict_hooks", "_state_dict_pre_hooks"}
-_HOOKS |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 _BASES = (OrderedDict, defaultdict, dict, list, set, deque, object)
 _EMPTY = frozenset((dict, OrderedDict, set, list))
-_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_GATHER = (
+    "expected whole parameters. Gather them with `get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True))` of torch.distributed.checkpoint.state_dict, and explain an unsharded model."
+)
 _LRU = type(functools.lru_cache(lambda: None))
 
 
@@ -92,7 +94,7 @@ class _ObjectGraph:
         self.notes: list[str] = []
         self.scripted = False
         self.reached: dict[int, _Reach] = {}
-        self.objects: list[object] = []  # keeps every id that is used as a key alive
+        self.objects: list[object] = []  # keeps alive whatever an id is used of
         self.referrers: dict[int, list[int]] = {}
         self.state: dict[int, Any] = {}  # snapshots: another thread may change the original meanwhile
         self.inner: dict[int, nn.Module] = {}  # wrapper -> the module it wraps
@@ -112,9 +114,7 @@ class _ObjectGraph:
         self.see(self, model, _Reach.ATTRIBUTE, "")
         while queue := next(filter(None, self.queues), None):
             found, reach, path = queue.pop()
-            if type(found) in _PROXIES:  # a proxy claims the class of what it refers to
-                self.see_reference(found, min(reach, _Reach.HELD), path)
-            elif isinstance(found, nn.Module):
+            if isinstance(found, nn.Module):
                 self.see_module(found, path)
             elif isinstance(found, Tensor):
                 self.see_tensor(found, reach, path)
@@ -129,8 +129,7 @@ class _ObjectGraph:
         self.referrers.setdefault(key, []).append(id(referrer))
         if self.reached.get(key, -1) >= reach or (reach == _Reach.HOOK and isinstance(found, _CONTAINERS)):
             return
-        if key not in self.reached:
-            self.objects.append(found)
+        self.objects.append(found)
         self.reached[key] = reach
         rank = 0 if isinstance(found, nn.Module) else 2 if reach == _Reach.HOOK else 1
         self.queues[rank].append((found, reach, path))
@@ -141,30 +140,27 @@ class _ObjectGraph:
             return
         where = f"'{path}'" if path else "the model"
         lineage = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
-        if not lineage.isdisjoint({"FullyShardedDataParallel", "FSDPModule"}):
-            raise ModelError(_sharded(f"{where} is wrapped by FSDP"))
+        if lineage & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise ModelError(f"{where} is wrapped by FSDP; {_GATHER}")
         self.replaced.add(key)
         if isinstance(module, torch.jit.ScriptModule):
             self.scripted = True
             self.new[key] = module
             self.notes.append(f"{where} is a ScriptModule and was kept as it is: it cannot be hooked inside.")
             return
-        for wrapper, attribute in _WRAPPERS.items():
-            if wrapper in lineage:
-                self.inner[key] = inner = vars(module)["_modules"][attribute]
-                self.notes.append(
-                    f"{where} was unwrapped from {'torch.compile' if attribute == '_orig_mod' else wrapper}"
-                    + (", whose own hooks do not run." if vars(module)["_forward_hooks"] else ".")
-                )
-                self.see(module, inner, _Reach.ATTRIBUTE, path)
-                return
+        if wrapper := lineage & _WRAPPERS.keys():
+            (name,) = wrapper
+            self.inner[key] = inner = vars(module)["_modules"][_WRAPPERS[name]]
+            by = "torch.compile" if name == "OptimizedModule" else name
+            by += ", whose own hooks do not run." if vars(module)["_forward_hooks"] else "."
+            self.notes.append(f"{where} was unwrapped from {by}")
+            self.see(module, inner, _Reach.ATTRIBUTE, path)
+            return
         state = self.state[key] = dict(vars(module))
         if state.get("_compiled_call_impl") is not None:
             state["_compiled_call_impl"] = None
             self.notes.append(f"{where} was compiled in place by module.compile() and runs uncompiled.")
         for name, value in state.items():
-            if type(value) in _ATOMS:
-                continue
             if type(value) in _EMPTY and not value:
                 self.replace(value, type(value)())
             elif name == "_modules":
@@ -172,28 +168,23 @@ class _ObjectGraph:
                     self.see(module, child, _Reach.ATTRIBUTE, f"{path}.{child_name}" if path else child_name)
             elif name in ("_parameters", "_buffers"):
                 for tensor_name, tensor in self.see_table(value).items():
+                    if name == "_buffers" and type(tensor) is Tensor and id(tensor) not in self.new:
+                        self.replace(tensor, _alias(tensor))  # so `.data = ...` in forward is private
                     if isinstance(tensor, Tensor):
-                        self.see_registered(tensor, name == "_buffers", f"{path}.{tensor_name}".lstrip("."))
+                        self.see_tensor(tensor, _Reach.ATTRIBUTE, f"{path}.{tensor_name}".lstrip("."))
             elif name in _HOOKS:
                 for hook in self.see_table(value).values():
                     self.see(value, hook, _Reach.HOOK, path)
-            else:
+            elif type(value) not in _ATOMS:
                 self.see(module, value, _Reach.ATTRIBUTE, path)
 
     def see_table(self, table: dict[Any, Any]) -> dict[Any, Any]:
         """Mark a registry of a module as replaced, filled later from the snapshot that is returned."""
-        key = id(table)
-        if key not in self.state:
-            self.reached[key] = _Reach.ATTRIBUTE
-            self.objects.append(table)
-            self.replaced.add(key)
-            self.state[key] = (dict(table), {})
-        return dict(self.state[key][0])
-
-    def see_registered(self, tensor: Tensor, buffer: bool, path: str) -> None:
-        if buffer and type(tensor) is Tensor and id(tensor) not in self.new:
-            self.replace(tensor, _alias(tensor))  # a new object: `buffer.data = ...` in forward stays private
-        self.see_tensor(tensor, _Reach.ATTRIBUTE, path)
+        self.reached[id(table)] = _Reach.ATTRIBUTE
+        self.objects.append(table)
+        self.replaced.add(id(table))
+        self.state[id(table)] = (snapshot := dict(table), {})
+        return snapshot
 
     def see_tensor(self, tensor: Tensor, reach: _Reach, path: str) -> None:
         key = id(tensor)
@@ -203,7 +194,7 @@ class _ObjectGraph:
                 "Run the model once first: `model(inputs)`."
             )
         if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
-            raise ModelError(_sharded(f"'{path}' is a DTensor"))
+            raise ModelError(f"'{path}' is a DTensor; {_GATHER}")
         if isinstance(tensor, nn.Parameter):
             if key not in self.new and (tensor.requires_grad or tensor.is_inference()):
                 self.replace(tensor, _constant(tensor))
@@ -215,22 +206,18 @@ class _ObjectGraph:
             self.replace(tensor, _alias(tensor))
 
     def replace(self, old: object, new: object) -> None:
-        key = id(old)
         self.objects.append(old)
-        self.replaced.add(key)
-        self.new[key] = new
+        self.replaced.add(id(old))
+        self.new[id(old)] = new
 
     def see_parts(self, found: Any, reach: _Reach, path: str) -> None:
-        key, within = id(found), min(reach, _Reach.HELD)
-        owned = reach >= _Reach.OBJECT
+        key, within, owned = id(found), min(reach, _Reach.HELD), reach >= _Reach.OBJECT
         if isinstance(found, (*_CONTAINERS, tuple, frozenset)):
             extra = dict(found.__dict__) if hasattr(found, "__dict__") else {}
             items = dict(found) if isinstance(found, dict) else list(found)
             self.state[key] = (items, extra)
-            for item in items:
-                self.see(found, item, reach, path)
-            for item in (*(items.values() if isinstance(items, dict) else ()), *extra.values()):
-                self.see(found, item, reach, path)
+            values = items.values() if isinstance(items, dict) else ()
+            self.see_each(found, (*items, *values, *extra.values()), reach, path)
             if owned and isinstance(found, _CONTAINERS):
                 self.replaced.add(key)
         elif isinstance(found, types.FunctionType):
@@ -240,38 +227,34 @@ class _ObjectGraph:
                 self.replaced.add(key)
                 self.see(found, compiled, within, path)
                 if not vars(found).get("_torchdynamo_disable"):
-                    name = getattr(compiled, "__name__", "a function")
-                    self.notes.append(f"{name} was unwrapped from torch.compile and runs uncompiled.")
+                    self.notes.append(
+                        f"{found.__name__} was unwrapped from torch.compile and runs uncompiled."
+                    )
                 return
-            defaults = (*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values())
-            parts = (*(found.__closure__ or ()), *defaults, *vars(found).values())
-            self.see_each(found, parts, within, path)
+            parts = (found.__closure__, found.__defaults__, (found.__kwdefaults__ or {}).values())
+            self.see_each(
+                found, (*vars(found).values(), *chain(*(part or () for part in parts))), within, path
+            )
         elif isinstance(found, types.CellType):
             with contextlib.suppress(ValueError):  # an empty cell
                 self.see(found, found.cell_contents, within, path)
-        elif isinstance(found, types.MethodType):
-            self.see_each(found, (found.__func__, found.__self__), within, path)
-        elif isinstance(found, types.BuiltinMethodType):
-            self.see(found, found.__self__, within, path)
+        elif isinstance(found, (types.MethodType, types.BuiltinMethodType)):
+            self.see_each(found, (getattr(found, "__func__", None), found.__self__), within, path)
         elif isinstance(found, functools.partial):
             parts = (found.func, *found.args, *found.keywords.values(), *vars(found).values())
             self.see_each(found, parts, within, path)
         elif isinstance(found, _LRU):
             self.see(found, found.__wrapped__, within, path)
-        elif isinstance(found, weakref.ref):
-            self.see_reference(found, within, path)
+        elif type(found) is weakref.ref:
+            referent = found()
+            if isinstance(referent, (nn.Module, Tensor)):
+                self.see(found, referent, within, path)
+            elif referent is not None:  # replaced only where something else, holding it, replaces it
+                self.referrers.setdefault(id(referent), []).append(key)
         elif self.is_plain(found):
-            state = self.state[key] = _attributes(found)
+            state = self.state[key] = dict(object.__getattribute__(found, "__dict__"))
             self.see_each(found, state.values(), min(reach, _Reach.OBJECT), path)
-            if owned and state:
-                self.replaced.add(key)
-
-    def see_reference(self, found: Any, reach: _Reach, path: str) -> None:
-        referent = _referent(found)
-        if isinstance(referent, (nn.Module, Tensor)):
-            self.see(found, referent, reach, path)
-        elif referent is not None:  # replaced only where something else, holding it, replaces it
-            self.referrers.setdefault(id(referent), []).append(id(found))
+            self.replaced.update({key} if owned and state else ())
 
     def see_each(self, referrer: object, parts: Iterable[Any], reach: _Reach, path: str) -> None:
         for part in parts:
@@ -281,13 +264,13 @@ class _ObjectGraph:
         """Whether copying attributes copies an instance: of a Python class that has no say in its copying."""
         kind = type(found)
         if kind not in self.plain:
-            own = kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
+            own = not kind.__dictoffset__ or any(vars(base).get("__slots__") for base in kind.__mro__)
+            own = own or (kind.__reduce_ex__, kind.__reduce__) != (object.__reduce_ex__, object.__reduce__)
             own = own or hasattr(kind, "__del__") or issubclass(kind, (type, enum.Enum, torch.fx.Graph))
-            try:
-                self.plain[kind] = not own and object.__new__(kind) is not None
-            except TypeError:  # a C type: it makes its own instances
-                self.plain[kind] = False
             self.plain[types.SimpleNamespace] = True
+            self.plain.setdefault(kind, False)
+            with contextlib.suppress(TypeError):  # a C type makes its own instances
+                self.plain[kind] |= not own and object.__new__(kind) is not None
         return self.plain[kind]
 
     # --- pass 2: what leads to a replaced object is replaced ---
@@ -304,10 +287,9 @@ class _ObjectGraph:
 
     def build(self, model: nn.Module) -> nn.Module:
         module: nn.Module = self.replacement(model)
-        while self.unfilled or self.unfilled_tables:  # tables last: keys are hashed by attributes
-            self.fill(*(self.unfilled.pop() if self.unfilled else self.unfilled_tables.pop()))
-        if self.weakly_held and not isinstance(module, torch.jit.ScriptModule):
-            vars(module)["_weakly_held"] = self.weakly_held
+        while queue := self.unfilled or self.unfilled_tables:  # tables last: keys are hashed by attributes
+            self.fill(*queue.pop())
+        vars(module).update({"_weakly_held": self.weakly_held} if self.weakly_held else {})
         return module
 
     def replacement(self, old: Any) -> Any:
@@ -320,15 +302,15 @@ class _ObjectGraph:
 
     def make(self, old: Any) -> Any:
         """The new object for ``old``: a mutable one still empty and queued, an immutable one complete."""
-        new: Any
         key, replacement = id(old), self.replacement
         if key in self.inner:
             return replacement(self.inner[key])
-        if isinstance(old, weakref.ref) or type(old) in _PROXIES:
-            return self.make_reference(old)
+        if isinstance(old, weakref.ref):
+            self.weakly_held.append(replacement(old()))
+            return weakref.ref(self.weakly_held[-1])
         if isinstance(old, (*_CONTAINERS, nn.Module)):
             base: Any = next(base for base in _BASES if isinstance(old, base))
-            new = base.__new__(type(old))
+            new: Any = base.__new__(type(old))
         elif isinstance(old, (tuple, frozenset)):
             base = tuple if isinstance(old, tuple) else frozenset
             return base.__new__(type(old), map(replacement, self.state[key][0]))
@@ -354,38 +336,29 @@ class _ObjectGraph:
         (self.unfilled_tables if isinstance(new, (dict, set)) else self.unfilled).append((old, new))
         return new
 
-    def make_reference(self, old: Any) -> Any:
-        referent = self.replacement(_referent(old))
-        self.weakly_held.append(referent)
-        if isinstance(old, weakref.WeakMethod):
-            return weakref.WeakMethod(types.MethodType(old().__func__, referent))  # type: ignore[union-attr]
-        return weakref.ref(referent) if isinstance(old, weakref.ref) else weakref.proxy(referent)
-
     def each(self, state: dict[str, Any]) -> dict[str, Any]:
-        new, same = self.replacement, self.replaced.isdisjoint
+        same, new = self.replaced.isdisjoint, self.replacement
         return {name: value if same((id(value),)) else new(value) for name, value in state.items()}
 
     def fill(self, old: Any, new: Any) -> None:
-        replacement = self.replacement
         if isinstance(old, types.CellType):
-            new.cell_contents = replacement(old.cell_contents)
+            new.cell_contents = self.replacement(old.cell_contents)
         elif isinstance(old, types.FunctionType):
-            new.__defaults__ = old.__defaults__ and tuple(map(replacement, old.__defaults__))
+            new.__defaults__ = old.__defaults__ and tuple(map(self.replacement, old.__defaults__))
             new.__kwdefaults__ = old.__kwdefaults__ and self.each(old.__kwdefaults__)
             vars(new).update(self.each(vars(old)))
         elif isinstance(old, functools.partial):
-            args = tuple(map(replacement, old.args))
-            new.__setstate__((replacement(old.func), args, self.each(old.keywords), self.each(vars(old))))
+            func, *args = map(self.replacement, (old.func, *old.args))
+            new.__setstate__((func, tuple(args), self.each(old.keywords), self.each(vars(old))))
         elif isinstance(old, _CONTAINERS):
             self.fill_container(old, new)
         else:
             state = self.each(self.state[id(old)])
-            if isinstance(old, nn.RNNBase) and not old.training and _may_run_on_cuda(state):
-                state["training"], state["dropout"] = True, 0.0
-            for name in _slots(type(old)) & state.keys():
-                object.__setattr__(new, name, state.pop(name))
-            if state:
-                object.__getattribute__(new, "__dict__").update(state)
+            if isinstance(old, nn.RNNBase) and not old.training:
+                weights = (*state.get("_flat_weights", ()), *old.parameters())
+                if any(isinstance(one, Tensor) and (one.is_cuda or one.is_meta) for one in weights):
+                    state["training"], state["dropout"] = True, 0.0  # meta: loaded when it runs
+            object.__getattribute__(new, "__dict__").update(state)
 
     def fill_container(self, old: Any, new: Any) -> None:
         items, attributes = self.state[id(old)]
@@ -424,40 +397,3 @@ def _alias(tensor: Tensor) -> Tensor:
     alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
     alias = alias.conj() if tensor.is_conj() else alias
     return alias._neg_view() if tensor.is_neg() else alias
-
-
-def _referent(reference: Any) -> Any:
-    """What a weak reference, method or proxy refers to: for a method, the object it is bound to; None if dead."""
-    try:  # attribute access on a proxy is forwarded, so a bound method of it knows the object itself
-        found = reference() if isinstance(reference, weakref.ref) else reference.__init__
-        return found.__self__ if type(reference) is not weakref.ref else found
-    except (AttributeError, ReferenceError):
-        return None
-
-
-def _slots(kind: type) -> frozenset[str]:
-    declared = (base.__dict__.get("__slots__", ()) for base in kind.__mro__)
-    names = (name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots))
-    return frozenset(name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-def _attributes(found: object) -> dict[str, Any]:
-    own = dict(object.__getattribute__(found, "__dict__")) if type(found).__dictoffset__ else {}
-    for name in _slots(type(found)):
-        if hasattr(found, name):
-            own[name] = getattr(found, name)
-    return own
-
-
-def _may_run_on_cuda(state: dict[str, Any]) -> bool:
-    """Whether a recurrent module's weights lie on CUDA, or nowhere, because they are loaded when it runs."""
-    weights = (*state["_parameters"].values(), *state.get("_flat_weights", ()))
-    return any(isinstance(weight, Tensor) and (weight.is_cuda or weight.is_meta) for weight in weights)
-
-
-def _sharded(given: str) -> str:
-    return (
-        f"{given}; expected whole parameters. Gather them with "
-        "`torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
-        "full_state_dict=True))`, load that into an unsharded model and explain it."
-    )

@@ -97,7 +97,8 @@ def sites(model: nn.Module) -> list[str]:
     >>> sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     ['0', '1']
     """
-    return [name.replace("_orig_mod.", "") for name, _ in model.named_modules() if name]
+    parts = [[part for part in name.split(".") if part != "_orig_mod"] for name, _ in model.named_modules()]
+    return [".".join(path) for path in parts if any(path)]
 
 
 def first_tensor_at(structure: Any, leaf: str | None) -> tuple[Any, ...]:

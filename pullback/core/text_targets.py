@@ -80,10 +80,7 @@ class _StringLogProb:
         # Column last + j predicts token j; a shorter text's spare columns are read anywhere and dropped.
         self.columns = last.to(logits.device)[:, None] + steps.to(logits.device)
         if bool((self.columns[self.present] >= self.shape[1]).any()):
-            raise TargetError(
-                f"the output has {self.shape[1]} columns, too few for the prompt with {len(steps)} more "
-                "tokens."
-            )
+            raise TargetError(f"the output's {self.shape[1]} columns are too few for prompt and text.")
         if bool(((self.tokens < 0) | (self.tokens >= self.shape[2])).any()):
             raise TargetError(
                 f"token {int(self.tokens.max())} is outside the model's {self.shape[2]} tokens; output shape "

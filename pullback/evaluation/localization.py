@@ -104,8 +104,8 @@ def _top_share(size: Tensor, outside: Tensor, fraction: float) -> Tensor:
     threshold = size.topk(k, dim=1).values[:, -1:]
     above, tied = size > threshold, size == threshold
     places_left = k - above.sum(1)
-    tied_share = (tied & outside).sum(1) / tied.sum(1)
-    return ((above & outside).sum(1) + places_left * tied_share).double() / k
+    tied_share = (tied & outside).sum(1).double() / tied.sum(1)
+    return ((above & outside).sum(1) + places_left * tied_share) / k
 
 
 def _values(

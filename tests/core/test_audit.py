@@ -182,6 +182,19 @@ def test_within_and_module_paths(within: str | None, paths: set[str]) -> None:
     assert json.loads(json.dumps(coverage.summary())) == coverage.summary()
 
 
+def test_module_paths_survive_an_exception_the_model_catches() -> None:
+    class Fallback(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self[0](x)
+            except RuntimeError:
+                return x.tanh()
+
+    with overrides(model := Fallback(nn.Linear(3, 3)), []) as coverage:
+        model(_points(2, 4))
+    assert coverage.plain == {("tanh", ""): 1}
+
+
 def test_checkpoint_is_exact_inside_the_context() -> None:
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -441,3 +454,18 @@ def test_require_covered() -> None:
     text = str(error.value)
     assert "no rule of LRP() covers exp in module 'inner', 2 calls; Cube (custom autograd.Function" in text
     assert text.endswith('Add a rule, or pass uncovered="gradient".')
+
+
+def test_compiled_code_is_named_and_force_eager_is_the_way_out() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: torch.relu(z).exp(), backend="aot_eager")
+    x = _points(3)
+    rules = [Scaled(("relu", "exp"))]
+
+    def uncovered() -> tuple[Uncovered, ...]:
+        with overrides(nn.Identity(), rules) as coverage:
+            return audit(compiled(x), coverage)
+
+    assert {entry.kind for entry in uncovered()} <= {"compiled"}
+    with torch.compiler.set_stance("force_eager"):
+        assert uncovered() == ()

@@ -177,7 +177,7 @@ def test_reflected_operators_are_turned_round(text: str, run: Run) -> None:
 
 
 def test_in_place_readers_before_and_after() -> None:
-    """y = a x; z = y^2; y.relu_(); out = z + y: dout/dx = a (2 a x + s) with relu's derivative replaced by s."""
+    """y = a x; z = y^2; y.relu_(); out = z + y: dout/dx = a (2 a x + s), s the rule's slope."""
     x, constant = _points(5), 1.5
 
     def run(x: Tensor) -> Tensor:

@@ -1,16 +1,9 @@
-"""The shadow of a module tree: same values and storage, constant parameters, and the user's model never written."""
+"""The shadow of a module tree: equal values, shared storage, constant parameters, no trace on the model."""
 
 from __future__ import annotations
 
-import gc
-import os
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pullback.core.errors import ModelError
 from pullback.core.shadow import shadow
 
 Fingerprint = dict[str, Any]
@@ -54,7 +46,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             found[f"{path}.{name}"] = (id(value), contents)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found[f"{name} state"] = (
-            id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad, id(tensor.grad), tensor.clone(),
+            id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad, id(tensor.grad),
+            None if tensor.is_meta else tensor.detach().clone(),
         )  # fmt: skip
     return found
 
@@ -72,7 +65,7 @@ def assert_same(before: Fingerprint, after: Fingerprint) -> None:
 
 
 def assert_constant_shadow(model: nn.Module, x: Tensor) -> nn.Module:
-    """The contract, on a model in eval mode: value of the frozen original, gradient, storage, no leak, no trace."""
+    """The contract, in eval mode: value of the frozen original, gradient, storage, no leak, no trace."""
     parameters = list(model.parameters())
     before = fingerprint(model)
     private = shadow(model).module
@@ -144,7 +137,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(3, 3)),
     "tied": Tied,
     "parameter_list": lambda: nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.LayerNorm(3)),
-    "graph_module": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))),
+    "graph_module": lambda: torch.fx.symbolic_trace(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    ),
 }
 
 
@@ -274,38 +269,21 @@ def test_user_hooks_run_and_see_the_shadow() -> None:
     assert not model[1]._forward_hooks
 
 
-def test_building_while_another_thread_adds_and_removes_hooks() -> None:
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(6)]).eval()
-    x, stop, errors = torch.randn(2, 3), threading.Event(), []
-    expected = model(x)
+def test_recurrent_modules_in_eval_mode_train_only_where_cudnn_may_run() -> None:
+    model = nn.LSTM(3, 4, 2, dropout=0.5).eval()
+    assert not shadow(model).module.training
+    offloaded = nn.LSTM(3, 4, 2, dropout=0.5, device="meta").eval()  # meta stands for weights not loaded yet
+    private = shadow(offloaded).module
+    assert (private.training, private.dropout) == (True, 0.0)
+    assert (offloaded.training, offloaded.dropout) == (False, 0.5)
+    assert shadow(offloaded.train()).module.dropout == 0.5
 
-    def disturb() -> None:
-        while not stop.is_set():
-            handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
-            model.note = [1]
-            for handle in handles:
-                handle.remove()
-            del model.note
 
-    def build() -> None:
-        try:
-            for _ in range(60):
-                torch.testing.assert_close(shadow(model).module(x), expected, rtol=1e-5, atol=1e-6)
-        except Exception as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        other = threading.Thread(target=disturb)
-        builders = [threading.Thread(target=build) for _ in range(3)]
-        for thread in (other, *builders):
-            thread.start()
-        for thread in builders:
-            thread.join()
-        stop.set()
-        other.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert not errors
-    assert not any(module._forward_hooks for module in model.modules())
+def test_a_hundred_modules_cost_milliseconds() -> None:
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(25)]
+    model, times = nn.Sequential(*layers), []
+    for _ in range(20):
+        start = time.perf_counter()
+        shadow(model)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.010  # about 3 ms on an idle core; the bound allows for a busy machine

@@ -1,4 +1,4 @@
-"""Targets against hand formulas: what each reads, on rows repeated and permuted, frozen on the clean output."""
+"""Targets against hand formulas, on rows repeated and permuted, frozen on the clean output."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ REFERENCE = draw(3, 5, seed=9)
 MASK = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.bool)
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    # float64, a handful of terms: 1e-12 is a thousand roundings
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def loop(z: Tensor, read: Any) -> Tensor:
     return torch.stack([read(row, example) for example, row in enumerate(z)])
 
@@ -91,9 +96,8 @@ def test_a_target_is_its_formula_at_any_output_and_row_order(name: str) -> None:
     resolved = resolve(target, clean, context())
     changed = clean + 0.7 * draw(*clean.shape, seed=4)
     expected = loop(changed, read)
-    # float64, a handful of terms: 1e-12 is a thousand roundings
-    torch.testing.assert_close(scores(resolved, changed), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(scores(resolved, changed[ROWS], ROWS), expected[ROWS], rtol=1e-12, atol=1e-12)
+    close(scores(resolved, changed), expected)
+    close(scores(resolved, changed[ROWS], ROWS), expected[ROWS])
     assert len(resolved.labels) == 3
     point = changed.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: scores(resolved, z), (point,)), (
@@ -101,18 +105,18 @@ def test_a_target_is_its_formula_at_any_output_and_row_order(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("output", "read", "label"),
-    [
-        (K[:, 0], lambda z, b: z, "the output"),
-        (K[:, :1], lambda z, b: z[0], "the output"),
-        (K, lambda z, b: z[int(K[b].argmax())], f"class {int(K[0].argmax())}"),
-        (IMAGES, None, None),
-        (IMAGES.unsqueeze(2), None, None),
-    ],
-    ids=["(B,)", "(B,1)", "(B,K)", "(B,K,H,W)", "(B,K,D,H,W)"],
-)
-def test_none_by_shape_is_frozen_on_the_clean_output(output: Tensor, read: Any, label: str | None) -> None:
+BY_SHAPE: dict[str, tuple[Tensor, Any, str | None]] = {
+    "(B,)": (K[:, 0], lambda z, b: z, "the output"),
+    "(B,1)": (K[:, :1], lambda z, b: z[0], "the output"),
+    "(B,K)": (K, lambda z, b: z[int(K[b].argmax())], f"class {int(K[0].argmax())}"),
+    "(B,K,H,W)": (IMAGES, None, None),
+    "(B,K,D,H,W)": (IMAGES.unsqueeze(2), None, None),
+}
+
+
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_none_by_shape_is_frozen_on_the_clean_output(name: str) -> None:
+    output, read, label = BY_SHAPE[name]
     if read is None:
         flat = output.flatten(2)
         predicted = flat.argmax(1)
@@ -123,11 +127,11 @@ def test_none_by_shape_is_frozen_on_the_clean_output(output: Tensor, read: Any, 
 
     resolved = resolve(None, output, context())
     # at -output every argmax is another class
-    torch.testing.assert_close(scores(resolved, -output), loop(-output, read), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        scores(resolved, output[ROWS], ROWS), loop(output, read)[ROWS], rtol=1e-12, atol=1e-12
-    )
+    close(scores(resolved, -output), loop(-output, read))
+    expected = loop(output, read)[ROWS]
+    close(scores(resolved, output[ROWS], ROWS), expected)
     assert label is None or resolved.labels[0] == label
+    assert (resolved.index is None) == (label == "the output")
 
 
 def test_margin_keeps_the_clean_rival() -> None:
@@ -142,16 +146,12 @@ def test_none_for_embeddings_is_half_the_squared_norm_of_real_tokens() -> None:
     hidden = draw(3, 4, 2)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
     resolved = resolve(None, {"last_hidden_state": hidden}, context(attention_mask=mask))
-    expected = torch.stack(
-        [
-            sum(z @ z / 2 for z, real in zip(h, m, strict=True) if real)
-            for h, m in zip(hidden, mask, strict=True)
-        ]
-    )
-    torch.testing.assert_close(scores(resolved, {"last_hidden_state": hidden}), expected, rtol=1e-12, atol=0)
+    real = [h[m == 1] for h, m in zip(hidden, mask, strict=True)]
+    expected = torch.stack([sum(z @ z for z in tokens) / 2 for tokens in real])
+    close(scores(resolved, {"last_hidden_state": hidden}), expected)
     assert resolved.labels[0] == "half the squared norm of last_hidden_state"
     pooled = resolve(None, {"last_hidden_state": hidden, "pooler_output": K}, context())
-    torch.testing.assert_close(scores(pooled, {"pooler_output": K}), (K * K).sum(1) / 2, rtol=1e-12, atol=0)
+    close(scores(pooled, {"pooler_output": K}), (K * K).sum(1) / 2)
 
 
 def test_image_text_pairs_read_their_own_text_and_refuse_a_column() -> None:
@@ -168,23 +168,13 @@ def test_label_text_forgives_case_and_synonyms() -> None:
         resolved = resolve(text, K, context(config=LABELS))
         assert resolved.index is not None
         assert resolved.index.tolist() == [index] * 3
-    assert resolve(["dog", "cat", "plane"], K, context(config=LABELS)).labels == (
-        "class 2 (dog)", "class 0 (cat)", "class 4 (Plane)",
-    )  # fmt: skip
+    each = resolve(["dog", "cat", "plane"], K, context(config=LABELS))
+    assert each.labels == ("class 2 (dog)", "class 0 (cat)", "class 4 (Plane)")
     assert resolve(3, K, context(config=LABELS)).labels[0] == "class 3"
     assert (
         resolve("b", K[:, :2], context(config=SimpleNamespace(label2id={"a": 0, "b": 1}))).labels[0]
         == "class 1"
     )
-
-
-def test_int_and_label_on_a_segmentation_sum_where_that_class_is_predicted() -> None:
-    logits = torch.tensor([[[[2.0, 0.0, 5.0]], [[1.0, 3.0, 4.0]]]])
-    resolved = resolve(1, logits, context(1))
-    assert resolved.labels == ("class 1 summed over 1 of 3 places",)
-    assert scores(resolved, 10 * logits, torch.arange(1)).tolist() == [30.0]
-    foreground = torch.tensor([[[[2.0, -1.0, 5.0]]]])
-    assert scores(resolve(None, foreground, context(1)), foreground, torch.arange(1)).tolist() == [7.0]
 
 
 def test_cross_entropy_over_tokens_and_space_ignores_minus_100() -> None:
@@ -198,43 +188,7 @@ def test_cross_entropy_over_tokens_and_space_ignores_minus_100() -> None:
     )
     space = tokens.movedim(2, 1).reshape(3, 5, 2, 2)
     resolved = resolve(Loss(labels.reshape(3, 2, 2)), space, context())
-    torch.testing.assert_close(scores(resolved, space[ROWS], ROWS), expected[ROWS], rtol=1e-12, atol=0)
-
-
-def test_detr_detection_keeps_query_and_class() -> None:
-    logits = draw(3, 4, 3)
-    logits[:, :, 2] += 1  # "no object"
-    output = {"logits": logits, "pred_boxes": draw(3, 4, 4)}
-    probability = logits.exp() / logits.exp().sum(2, keepdim=True)
-    places = [(q, k) for q in range(4) for k in range(2)]
-    best = [max(places, key=lambda at, b=b: probability[b][at]) for b in range(3)]
-    for target in (None, Detection()):
-        resolved = resolve(target, output, context())
-        assert resolved.labels == tuple(f"query {q}, class {k}" for q, k in best)
-        changed = {"logits": -logits[ROWS], "pred_boxes": None}
-        assert scores(resolved, changed, ROWS).tolist() == [-float(logits[b][best[b]]) for b in ROWS.tolist()]
-    fixed = resolve(Detection(index=3, label=0), output, context())
-    assert scores(fixed, output).tolist() == logits[:, 3, 0].tolist()
-    focal = {"logits": torch.tensor([[[0.0, 1.0, 9.0]]]), "pred_boxes": draw(1, 1, 4)}
-    three = SimpleNamespace(id2label={0: "a", 1: "b", 2: "c"})
-    assert resolve(None, focal, context(1, config=three)).labels == ("query 0, class 2 (c)",)
-
-
-def test_torchvision_box_is_matched_by_overlap_and_class() -> None:
-    def found(*boxes: tuple[list[float], int, float]) -> dict[str, Tensor]:
-        where, kinds, values = zip(*boxes, strict=True) if boxes else ([], [], [])
-        return {"boxes": torch.tensor(where).reshape(-1, 4), "labels": torch.tensor(kinds, dtype=torch.long),
-                "scores": torch.tensor(values)}  # fmt: skip
-
-    left, right, shifted = [0.0, 0.0, 4.0, 4.0], [10.0, 0.0, 14.0, 4.0], [1.0, 0.0, 5.0, 4.0]
-    clean = [found((left, 1, 0.9), (right, 2, 0.6)), found((right, 1, 0.3), (left, 2, 0.8))]
-    resolved = resolve(None, clean, context(2))
-    assert resolved.labels == ("box 0, class 1", "box 1, class 2")
-    # shifted overlaps left by 12/20 = 0.6; the more confident boxes are of another class or elsewhere
-    now = [found((left, 1, 0.95), (shifted, 2, 0.7)), found((right, 1, 0.99), (shifted, 1, 0.5)), found()]
-    assert scores(resolved, now, torch.tensor([1, 0, 0])).tolist() == pytest.approx([0.7, 0.5, 0.0])
-    with pytest.raises(TargetError, match="nothing is detected in example 1"):
-        resolve(None, [clean[0], found()], context(2))
+    close(scores(resolved, space[ROWS], ROWS), expected[ROWS])
 
 
 def test_main_tensor_reads_every_container() -> None:
@@ -243,9 +197,23 @@ def test_main_tensor_reads_every_container() -> None:
         hidden: Tensor
         logits: Tensor
 
-    pair = namedtuple("pair", ["aux", "logits"])
-    for output in (K, {"loss": K[0, 0], "logits": K}, Out(IMAGES, K), pair(IMAGES, K), (K, IMAGES), [K], {"z": K},
-                   SimpleNamespace(logits=K), {"out": K, "aux": IMAGES}, (K[0, 0], K), {"y": 1, "prediction": K}):  # fmt: skip
+    pair, loss = namedtuple("pair", ["aux", "logits"]), K[0, 0]
+    named = [
+        {"loss": loss, "logits": K},
+        Out(IMAGES, K),
+        pair(IMAGES, K),
+        SimpleNamespace(logits=K),
+        {"z": K},
+    ]
+    for output in (
+        K,
+        (K, IMAGES),
+        [K],
+        (loss, K),
+        {"out": K, "aux": IMAGES},
+        {"y": 1, "prediction": K},
+        *named,
+    ):
         assert main_tensor(output) is K
     with pytest.raises(TargetError, match=r"dict of \[a: Tensor\(3, 5\), b: Tensor\(3, 5\), c: int\]"):
         main_tensor({"a": K, "b": K, "c": 1})

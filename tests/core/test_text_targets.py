@@ -146,9 +146,8 @@ def test_none_is_the_predicted_next_token_and_stays_it(padding: str) -> None:
     logits = draw(3, 4, 9)
     resolved = resolve(None, {"logits": logits}, context(padding))
     predicted = [int(row[at].argmax()) for row, at in zip(logits, LAST[padding], strict=True)]
-    assert resolved.labels == tuple(
-        f"token {k} at {at}" for k, at in zip(predicted, LAST[padding], strict=True)
-    )
+    pairs = zip(predicted, LAST[padding], strict=True)
+    assert resolved.labels == tuple(f"token {k} at {at}" for k, at in pairs)
     values = [-float(row[at, k]) for row, at, k in zip(logits, LAST[padding], predicted, strict=True)]
     assert resolved.score({"logits": -logits}, EVERY).tolist() == values
 
@@ -156,13 +155,9 @@ def test_none_is_the_predicted_next_token_and_stays_it(padding: str) -> None:
 def test_none_without_any_knowledge_of_tokens_needs_the_name_logits() -> None:
     logits = draw(3, 4, 9)
     bare = TargetContext(batch=3)
-    assert (
-        resolve(0, {"logits": logits}, bare).score({"logits": logits}, EVERY).tolist()
-        == logits[:, 3, 0].tolist()
-    )
-    assert (
-        resolve(Logit(0, position=1), logits, bare).score(logits, EVERY).tolist() == logits[:, 1, 0].tolist()
-    )
+    named = {"logits": logits}
+    close(resolve(0, named, bare).score(named, EVERY), logits[:, 3, 0])
+    close(resolve(Logit(0, position=1), logits, bare).score(logits, EVERY), logits[:, 1, 0])
     with pytest.raises(TargetError, match="not known to be over tokens"):
         resolve(None, logits, bare)
 
@@ -170,13 +165,10 @@ def test_none_without_any_knowledge_of_tokens_needs_the_name_logits() -> None:
 def test_a_masked_model_is_read_at_its_mask_token() -> None:
     logits = draw(3, 4, 9)
     ids = torch.tensor([[1, 8, 2, 0], [8, 8, 1, 1], [1, 1, 0, 0]])
-    expected = [
-        logits[0, 1, 5],
-        logits[1, 0, 5],
-        logits[2, 1, 5],
-    ]  # the first mask; the last token if there is none
+    # the first mask; the last real token if there is none
+    expected = torch.stack([logits[0, 1, 5], logits[1, 0, 5], logits[2, 1, 5]])
     known = context(input_ids=ids, config=SimpleNamespace(mask_token_id=8))
-    assert resolve(5, logits, known).score(logits, EVERY).tolist() == [float(z) for z in expected]
+    close(resolve(5, logits, known).score(logits, EVERY), expected)
     tokenizer = Characters()
     tokenizer.mask_token_id = 8
     resolved = resolve(LogProb("f", tokenizer=tokenizer), logits, context(input_ids=ids))
@@ -186,27 +178,19 @@ def test_a_masked_model_is_read_at_its_mask_token() -> None:
 def test_positions_count_columns_or_back_from_the_last_real_token() -> None:
     logits = draw(3, 4, 9)
     at = resolve(Logit(2, position=[0, 3, 1]), logits, context())
-    assert at.score(logits, EVERY).tolist() == [
-        float(logits[0, 0, 2]),
-        float(logits[1, 3, 2]),
-        float(logits[2, 1, 2]),
-    ]
+    close(at.score(logits, EVERY), logits[EVERY, [0, 3, 1], 2])
     back = resolve(Logit(2, position=-2), logits, context())
-    assert back.score(logits, EVERY).tolist() == [float(logits[b, t, 2]) for b, t in enumerate([1, 2, 0])]
+    close(back.score(logits, EVERY), logits[EVERY, [1, 2, 0], 2])
     with pytest.raises(TargetError, match="position 3 of example 0 is padding"):
         resolve(Logit(2, position=3), logits, context())
-    with pytest.raises(
-        TargetError, match=r"position 4 of example 0 is outside the output's 4 columns \(0..3\)"
-    ):
+    with pytest.raises(TargetError, match=r"position 4 of example 0 is outside the output's 4 columns"):
         resolve(Logit(2, position=4), logits, context())
 
 
 def test_longer_and_shorter_outputs_meet_the_tokens_at_the_end() -> None:
     longer, only_last = draw(3, 6, 9), draw(3, 1, 9)  # two soft tokens in front; logits_to_keep=1
     soft = resolve(1, longer, context())
-    assert soft.score(longer, EVERY).tolist() == [
-        float(longer[b, t + 2, 1]) for b, t in enumerate(LAST["right"])
-    ]
+    close(soft.score(longer, EVERY), longer[EVERY, torch.tensor(LAST["right"]) + 2, 1])
     kept = resolve(1, only_last, context("left"))
     assert kept.score(only_last, EVERY).tolist() == only_last[:, 0, 1].tolist()
     with pytest.raises(TargetError, match="outside the output's 1 columns"):
@@ -243,14 +227,10 @@ def test_classifiers_take_log_probabilities_and_contrasts_of_labels() -> None:
     logits = draw(3, 3)
     animals = TargetContext(batch=3, config=SimpleNamespace(id2label={0: "cat", 1: "dog", 2: "cow"}))
     difference = resolve(Contrast("Cat", ["dog", "cow", "dog"]), logits, animals)
-    assert difference.score(logits, EVERY).tolist() == [
-        float(z[0] - z[k]) for z, k in zip(logits, [1, 2, 1], strict=True)
-    ]
+    close(difference.score(logits, EVERY), logits[:, 0] - logits[EVERY, [1, 2, 1]])
     assert difference.labels[1] == "class 0 (cat) minus class 2 (cow)"
-    close(
-        resolve(LogProb("dog"), logits, animals).score(logits, EVERY),
-        logits[:, 1] - logits.exp().sum(1).log(),
-    )
+    dog = resolve(LogProb("dog"), logits, animals)
+    close(dog.score(logits, EVERY), logits[:, 1] - logits.exp().sum(1).log())
 
 
 @pytest.mark.parametrize(
@@ -287,7 +267,7 @@ LOGITS = draw(3, 4, 9)
         (LogProb(["a", "b"], TOKENIZER), LOGITS, "2 texts for a batch of 3"),
         (LogProb("bad", TOKENIZER, position=1), (LOGITS,), "several tokens, which continue the prompt"),
         (LogProb("bad", TOKENIZER), LOGITS, r"explained from 1 output\(s\).*got Tensor"),
-        (LogProb("bad", TOKENIZER), (LOGITS,), "the output has 4 columns, too few"),
+        (LogProb("bad", TOKENIZER), (LOGITS,), "the output's 4 columns are too few"),
         (
             LogProb("b?", TOKENIZER),
             (draw(3, 5, 5),),

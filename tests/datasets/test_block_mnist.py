@@ -17,7 +17,7 @@ TEN = tuple(range(10))
 
 
 def box_by_hand() -> torch.Tensor:
-    """A pixel is on the outline if it is in the square and on its edge, on a diagonal if row and column agree."""
+    """A pixel of the square is drawn if it is on the edge or on a diagonal, pixel by pixel."""
     image = torch.zeros(28, 28)
     for row in range(4, 24):
         for column in range(4, 24):

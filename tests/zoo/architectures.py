@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised ``transformers`` models of many architectures, built from configs without any download.
+"""Tiny, randomly initialised ``transformers`` models, built from configs without any download.
 
 ``ARCHITECTURES[name]()`` returns ``(model in eval mode, inputs)``; equal names give equal weights and inputs.
 """
@@ -56,7 +56,9 @@ def decoder(model_class: str, config_class: str, **settings: Any) -> Built:
 def encoder(model_class: str, config_class: str, **settings: Any) -> Built:
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, 5:] = 0
-    return build(model_class, config_class, {"input_ids": tokens(), "attention_mask": mask}, **SHARED, **settings)
+    return build(
+        model_class, config_class, {"input_ids": tokens(), "attention_mask": mask}, **SHARED, **settings
+    )
 
 
 def image(model_class: str, config_class: str, **settings: Any) -> Built:
@@ -84,7 +86,9 @@ def gpt_neox() -> Built:
 
 
 def gptj() -> Built:
-    return decoder("GPTJForCausalLM", "GPTJConfig", n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=32)
+    return decoder(
+        "GPTJForCausalLM", "GPTJConfig", n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=32
+    )
 
 
 def llama() -> Built:
@@ -114,7 +118,9 @@ def phi() -> Built:
 
 
 def falcon() -> Built:
-    return decoder("FalconForCausalLM", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return decoder(
+        "FalconForCausalLM", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
 
 
 def mixtral() -> Built:
@@ -143,6 +149,7 @@ def rwkv() -> Built:
     return decoder(
         "RwkvForCausalLM", "RwkvConfig", hidden_size=32, attention_hidden_size=32, num_hidden_layers=2,
         context_length=16,
+        use_cache=False, rescale_every=0,  # they write in place, to what backward needs and to the weights
     )  # fmt: skip
 
 
@@ -156,17 +163,21 @@ def roberta() -> Built:
 
 def distilbert() -> Built:
     return encoder(
-        "DistilBertForSequenceClassification", "DistilBertConfig", dim=32, n_layers=2, n_heads=4, hidden_dim=48,
-        num_labels=3,
+        "DistilBertForSequenceClassification", "DistilBertConfig", dim=32, n_layers=2, n_heads=4,
+        hidden_dim=48, num_labels=3,
     )  # fmt: skip
 
 
 def electra() -> Built:
-    return encoder("ElectraForSequenceClassification", "ElectraConfig", **SIZES, embedding_size=16, num_labels=3)
+    return encoder(
+        "ElectraForSequenceClassification", "ElectraConfig", **SIZES, embedding_size=16, num_labels=3
+    )
 
 
 def albert() -> Built:
-    return encoder("AlbertForSequenceClassification", "AlbertConfig", **SIZES, embedding_size=16, num_labels=3)
+    return encoder(
+        "AlbertForSequenceClassification", "AlbertConfig", **SIZES, embedding_size=16, num_labels=3
+    )
 
 
 def deberta_v2() -> Built:
@@ -200,7 +211,9 @@ def vit() -> Built:
 
 
 def deit() -> Built:
-    return image("DeiTForImageClassification", "DeiTConfig", **SIZES, image_size=32, patch_size=8, num_labels=3)
+    return image(
+        "DeiTForImageClassification", "DeiTConfig", **SIZES, image_size=32, patch_size=8, num_labels=3
+    )
 
 
 def swin() -> Built:
@@ -226,16 +239,17 @@ def resnet() -> Built:
 
 def segformer() -> Built:
     return image(
-        "SegformerForSemanticSegmentation", "SegformerConfig", hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, num_labels=3,
+        "SegformerForSemanticSegmentation", "SegformerConfig", hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, num_labels=3,
     )  # fmt: skip
 
 
 def wav2vec2() -> Built:
     return build(
         "Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", {"input_values": noise(2, 800)}, **SIZES,
-        vocab_size=VOCABULARY, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, classifier_proj_size=16, num_labels=3,
+        vocab_size=VOCABULARY, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(8, 4),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4,
+        classifier_proj_size=16, num_labels=3,
     )  # fmt: skip
 
 
@@ -259,16 +273,18 @@ def clip() -> Built:
 def llava() -> Built:
     """Image token 3 stands four times, once per 16-pixel patch of a 32-pixel image, before the text."""
     ids = tokens().clamp(min=4)
-    vision = {**SIZES, "image_size": 32, "patch_size": 16, "model_type": "clip_vision_model", "projection_dim": 16}
+    vision = {
+        **SIZES,
+        "image_size": 32,
+        "patch_size": 16,
+        "model_type": "clip_vision_model",
+        "projection_dim": 16,
+    }
     return build(
         "LlavaForConditionalGeneration", "LlavaConfig",
-        {
-            "input_ids": torch.cat([torch.full((2, 4), 3), ids], 1),
-            "attention_mask": torch.ones(2, 11, dtype=torch.long),
-            "pixel_values": noise(2, 3, 32, 32),
-        },
-        text_config={**SIZES, **SHARED, "model_type": "llama", "num_key_value_heads": 2}, vision_config=vision,
-        image_token_index=3, image_seq_length=4, vision_feature_select_strategy="default",
+        {"input_ids": torch.cat([torch.full((2, 4), 3), ids], 1), "pixel_values": noise(2, 3, 32, 32)},
+        text_config={**SIZES, **SHARED, "model_type": "llama", "num_key_value_heads": 2},
+        vision_config=vision, image_token_index=3, image_seq_length=4,
     )  # fmt: skip
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def tensors(output: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name: str) -> None:
     model, inputs = ARCHITECTURES[name]()
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = fingerprint(model)
     built = shadow(model)
     assert built.notes == ()
@@ -42,7 +41,9 @@ def test_architecture(name: str) -> None:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1]
 
-    starts = [module for module in private.modules() if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d))]
+    starts = [
+        module for module in private.modules() if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d))
+    ]
     for start in starts:
         start.register_forward_hook(grow)
     output = tensors(private(**inputs))
@@ -60,7 +61,7 @@ def test_architecture(name: str) -> None:
     assert {key: value.data_ptr() for key, value in shared.items()} == {
         key: value.data_ptr() for key, value in copied.items()
     }
-    assert len(list(private.parameters())) == len(parameters)  # tied parameters stay tied
+    assert len(list(private.parameters())) == len(list(model.parameters()))  # tied parameters stay tied
     plain = tensors(shadow(model).module(**inputs))
     frozen = tensors(model.requires_grad_(False)(**inputs))
     for key, value in frozen.items():
@@ -77,7 +78,7 @@ def test_generate_is_equal_and_leaves_no_trace() -> None:
 
 
 def logits_without_leak(model: nn.Module) -> tuple[Tensor, tuple[str, ...]]:
-    """Logits of the shadow on fixed tokens, from embeddings that require grad; nothing else may be reached."""
+    """Logits of the shadow and their gradient on fixed embeddings; autograd may reach nothing else."""
     before = fingerprint(model)
     built = shadow(model)
     table = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
@@ -192,14 +193,18 @@ def test_accelerate_dispatch(offload: str, tmp_path: Path) -> None:
             model.transformer.h[0], accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
         )
     elif offload == "disk":
-        model = accelerate.disk_offload(model, str(tmp_path / "weights"), execution_device=torch.device("cpu"))
+        model = accelerate.disk_offload(
+            model, str(tmp_path / "weights"), execution_device=torch.device("cpu")
+        )
     else:
         model = accelerate.cpu_offload(
             model, execution_device=torch.device("cpu"), offload_buffers=offload == "buffers"
         )
     weight = model.transformer.h[0].attn.c_attn.weight
     assert weight.is_meta == (offload != "none")
-    hook = model.transformer.h[0].attn.c_attn._hf_hook if offload != "none" else model.transformer.h[0]._hf_hook
+    hook = (
+        model.transformer.h[0].attn.c_attn._hf_hook if offload != "none" else model.transformer.h[0]._hf_hook
+    )
     before = {name: repr(value) for name, value in vars(hook).items() if name != "weights_map"}
     got, _ = logits_without_leak(model)
     assert torch.equal(got, expected)
@@ -207,3 +212,59 @@ def test_accelerate_dispatch(offload: str, tmp_path: Path) -> None:
     assert model.transformer.h[0].attn.c_attn.weight is weight
     assert torch.equal(got, logits_without_leak(model)[0])
     assert model(tokens()).logits.shape == (2, 7, 40)
+
+
+def test_scripts_are_kept_and_noted() -> None:
+    script = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    assert shadow(script).module is script
+    private, notes, scripted = shadow(nn.Sequential(nn.Linear(3, 3), script))
+    assert scripted
+    assert private[1] is script
+    assert notes == ("'1' is a ScriptModule and was kept as it is: it cannot be hooked inside.",)
+
+
+def test_lazy_modules_and_non_modules_are_refused_with_the_way_out() -> None:
+    model = nn.Sequential(nn.LazyLinear(2))
+    with pytest.raises(ModelError, match=r"'0\.weight' is an uninitialised.*Run the model once first"):
+        shadow(model)
+    model(torch.ones(1, 3))
+    assert shadow(model).module[0].in_features == 3
+    with pytest.raises(ModelError, match=r"is a function; expected a torch\.nn\.Module.*Wrap"):
+        shadow(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_building_while_another_thread_adds_and_removes_hooks() -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(6)]).eval()
+    x, stop, errors = torch.randn(2, 3), threading.Event(), []
+    expected = model(x)
+
+    def disturb() -> None:
+        while not stop.is_set():
+            handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+            model.note = [1]
+            for handle in handles:
+                handle.remove()
+            del model.note
+
+    def build() -> None:
+        try:
+            for _ in range(60):
+                torch.testing.assert_close(shadow(model).module(x), expected, rtol=1e-5, atol=1e-6)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        other = threading.Thread(target=disturb)
+        builders = [threading.Thread(target=build) for _ in range(3)]
+        for thread in (other, *builders):
+            thread.start()
+        for thread in builders:
+            thread.join()
+        stop.set()
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert not any(module._forward_hooks for module in model.modules())

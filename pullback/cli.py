@@ -1,6 +1,7 @@
 """The command line: ``pullback explain | list | doctor | demo``.
 
-Exit codes: 0 it worked; 2 a mistake of the user's, said in one line on stderr with the way out; 1 a fault of ours.
+Exit codes: 0 it worked; 2 a mistake of the user's, said in one line on stderr with the way out; 1 a fault of
+ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OK, INTERNAL, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(
     name="pullback",
     help="Gradient attribution for any PyTorch model, with a measure of how far to trust it.",
-    epilog="Exit codes: 0 ok, 2 a mistake in what was typed, 1 an internal error. Nothing is ever downloaded.",
+    epilog="Exit codes: 0 ok, 2 a mistake in what was typed, 1 an internal error. Nothing is downloaded.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

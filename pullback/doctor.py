@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pullback.attribution import METHODS
 from pullback.core import errors
-from pullback.core.operations import canonical
 from pullback.core.points import leaves, map_leaves, total
 from pullback.core.pose import pose, unsettled
 from pullback.core.problem import Problem
 from pullback.core.shadow import shadow
+from pullback.inspection import (
+    KINKS,
+    SMOOTH,
+    OperationNames,
+    attention,
+    class_name,
+    distinct,
+    operation,
+    registered_twice,
+    wrappers,
+)
 
 __all__ = ["Diagnosis", "Verdict", "diagnose"]
 
-_KINKS = frozenset(
-    ["relu", "relu6", "leaky_relu", "prelu", "rrelu", "threshold", "hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink", "selu", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"]
-)
-_SMOOTH = frozenset(
-    ["gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "logsigmoid", "elu", "celu", "glu", "softmax", "scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "instance_norm", "lstm", "gru", "rnn_tanh"]
-)
 _RATES = {
     (
         True,
@@ -51,6 +54,7 @@ _PROMISES: dict[str, tuple[bool | None, str]] = {
     "GradCAM": (False, "a map of one layer; adds up to nothing"),
     "LayerCAM": (False, "a map of one layer; adds up to nothing"),
     "InDomain": (None, "as the method inside"),
+    "Captum": (False, "by default captum's Saliency, the unsigned gradient; adds up to nothing"),
     "RandomAttribution": (False, "a control that knows nothing of the model"),
     "EdgeDetector": (False, "a control that knows nothing of the model"),
 }
@@ -69,7 +73,7 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One method at the site: whether it works (None: not tried), whether its values add up exactly, and why."""
+    """One method at the site: does it work (None: not tried), do its values add up exactly, and why."""
 
     method: str
     works: bool | None
@@ -151,7 +155,8 @@ def diagnose(
         site, target: as for ``explain``; None are the defaults.
 
     Returns:
-        a Diagnosis. What would stop ``explain`` is in ``obstacles``, in the words of the error; nothing is raised for it.
+        a Diagnosis. What would stop ``explain`` is in ``obstacles``, in the words of the error; nothing is
+        raised for it.
 
     Cost: a forward or two, and a few gradients of one example for each method.
 
@@ -163,10 +168,12 @@ def diagnose(
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    watch = _Watch()
-    problem, obstacles = None, []
+    seen = OperationNames()
+    problem: Problem | None = None
+    repeated: tuple[str, ...] = ()
+    obstacles: list[str] = []
     if inputs is not None:
-        problem, obstacles = _tried(model, inputs, site, target, watch)
+        problem, repeated, obstacles = _tried(model, inputs, site, target, seen)
     elif isinstance(model, nn.Module):
         obstacles = _refused(lambda: shadow(model))
     train_mode = tuple(
@@ -176,25 +183,25 @@ def diagnose(
     )
     if train_mode and inputs is None:
         obstacles.append("the model is in train mode. Call model.eval() first, or pass allow_train=True.")
-    names = watch.names | {name for module in modules.values() if (name := _operation(module))}
-    kinks, smooth = names & _KINKS, names & _SMOOTH
+    names = seen.names | {name for module in modules.values() if (name := operation(module))}
+    kinks, smooth = names & KINKS, names & SMOOTH
     convergence = _RATES[bool(kinks), bool(smooth)]
     return Diagnosis(
-        model=_class_name(model),
+        model=class_name(model),
         parameters=sum(parameter.numel() for parameter in parameters),
-        dtypes=_distinct(str(parameter.dtype).removeprefix("torch.") for parameter in parameters),
-        devices=_distinct(str(parameter.device) for parameter in parameters),
-        wrapping=_distinct(_wrappers(model, modules)),
+        dtypes=distinct(str(parameter.dtype).removeprefix("torch.") for parameter in parameters),
+        devices=distinct(str(parameter.device) for parameter in parameters),
+        wrapping=distinct(wrappers(model, modules)),
         train_mode=train_mode,
         scripted=tuple(
             path or "the model"
             for path, module in modules.items()
             if isinstance(module, torch.jit.ScriptModule)
         ),
-        reused=_distinct([*_registered_twice(model, "named_modules"), *(watch.repeated if problem else ())]),
-        tied_parameters=_registered_twice(model, "named_parameters"),
+        reused=distinct([*registered_twice(model, "named_modules"), *repeated]),
+        tied_parameters=registered_twice(model, "named_parameters"),
         batch_norms=sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules.values()),
-        attention=_attention(model, modules, watch.names),
+        attention=attention(model, modules, seen.names),
         activations=tuple(sorted(kinks | smooth)),
         convergence=convergence,
         site=problem.site if problem is not None else site or _default_site(model),
@@ -205,32 +212,17 @@ def diagnose(
     )
 
 
-class _Watch(TorchFunctionMode):
-    """Collects the names of the operations that run while it is entered, functional ones too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.repeated: tuple[str, ...] = ()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (spelling := canonical(func)) is not None:
-            self.names.add(spelling.name)
-        return func(*args, **(kwargs or {}))
-
-
 def _tried(
-    model: Any, inputs: Any, site: str | None, target: Any, watch: _Watch
-) -> tuple[Problem | None, list[str]]:
-    """The posed problem and what stopped it or its gradient."""
+    model: Any, inputs: Any, site: str | None, target: Any, seen: OperationNames
+) -> tuple[Problem | None, tuple[str, ...], list[str]]:
+    """The first example's problem, modules that ran several times, and what stopped it or its gradient."""
     try:
-        with watch:
-            problem = pose(model, inputs, target=target, site=site)
-        problem = problem.rows(torch.tensor([0]))
-        watch.repeated = _repeated(problem)
+        with seen:
+            whole = pose(model, inputs, target=target, site=site)
+        problem = whole.rows(torch.tensor([0]))
+        return problem, _repeated(problem), _refused(problem.grad)
     except _FAILURES as error:
-        return None, [_said(error)]
-    return problem, _refused(problem.grad)
+        return None, (), [_said(error)]
 
 
 def _repeated(problem: Problem) -> tuple[str, ...]:
@@ -278,7 +270,7 @@ def _verdict(name: str, cls: type[Any], problem: Problem | None, convergence: st
     try:
         values = dataclasses.replace(method, **cheap)(problem.fresh())
     except _FAILURES as error:
-        return Verdict(name, False, None, _said(error))
+        return Verdict(name, False, False, _said(error))
     if exact is None and isinstance(values, (Tensor, dict)):
         exact, measured = _adds_up(values, problem)
         remark = "; ".join(part for part in (remark, measured) if part)
@@ -286,11 +278,11 @@ def _verdict(name: str, cls: type[Any], problem: Problem | None, convergence: st
 
 
 def _adds_up(values: Any, problem: Problem) -> tuple[bool, str]:
+    """Whether the values sum to the score here, and by how much they miss it."""
     score = float(problem.score()[0])
-    left = float(total(map_leaves(lambda leaf: leaf.double(), values))[0]) - score
-    return abs(left) <= _TOLERANCE * max(
-        abs(score), 1e-12
-    ), f"here the sum misses the score {score:.4g} by {left:.2g}"
+    missed = float(total(map_leaves(lambda leaf: leaf.double(), values))[0]) - score
+    exact = abs(missed) <= _TOLERANCE * max(abs(score), 1e-12)
+    return exact, f"here the sum misses the score {score:.4g} by {missed:.2g}"
 
 
 def _refused(work: Callable[[], Any]) -> list[str]:
@@ -304,69 +296,12 @@ def _refused(work: Callable[[], Any]) -> list[str]:
 def _said(error: Exception) -> str:
     name = type(error).__name__
     text = " ".join(str(error).split()) or "no message"
-    return f"{name}: {text}" if hasattr(errors, name) else f"{name} in the model or the method: {text}"
+    return text if hasattr(errors, name) else f"{name} in the model or the method: {text}"
 
 
 def _unsettled(module: nn.Module) -> str | None:
     return unsettled(module) if module.training else None
 
 
-def _operation(module: nn.Module) -> str | None:
-    """The operation a module's class is named after: GELU, NewGELUActivation, LayerNorm, ..."""
-    squeezed = {name.replace("_", ""): name for name in _KINKS | _SMOOTH}
-    plain = type(module).__name__.lower().replace("activation", "").removeprefix("new").removeprefix("fast")
-    if "norm" in plain:
-        plain = next((kind for kind in ("layernorm", "rmsnorm", "groupnorm") if kind in plain), plain)
-    return squeezed.get(plain)
-
-
-def _class_name(model: Any) -> str:
-    kind = model if isinstance(model, type) or not isinstance(model, nn.Module) else type(model)
-    return getattr(kind, "__qualname__", type(model).__name__)
-
-
-def _wrappers(model: Any, modules: dict[str, nn.Module]) -> Iterator[str]:
-    for module in modules.values():
-        lineage = {base.__name__ for base in type(module).__mro__}
-        if "OptimizedModule" in lineage:
-            yield "torch.compile"
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            yield "torch.compile in place"
-        yield from sorted(lineage & {"DataParallel", "DistributedDataParallel"})
-        if lineage & {"FullyShardedDataParallel", "FSDPModule"}:
-            yield "FSDP"
-        if type(module).__module__.startswith("peft."):
-            yield "PEFT"
-        if hasattr(module, "_hf_hook"):
-            yield "accelerate hooks"
-    if hasattr(model, "_torchdynamo_orig_callable"):
-        yield "torch.compile"
-
-
-def _registered_twice(model: Any, listing: str) -> tuple[str, ...]:
-    """Names under which one module or parameter is registered, joined, where there are several."""
-    names: dict[int, list[str]] = {}
-    if isinstance(model, nn.Module):
-        for name, each in getattr(model, listing)(remove_duplicate=False):
-            names.setdefault(id(each), []).append(name)
-    return tuple(" = ".join(same) for same in names.values() if len(same) > 1)
-
-
-def _attention(model: Any, modules: dict[str, nn.Module], names: set[str]) -> str | None:
-    if found := getattr(getattr(model, "config", None), "_attn_implementation", None):
-        return str(found)
-    if "scaled_dot_product_attention" in names:
-        return "scaled_dot_product_attention"
-    return (
-        "MultiheadAttention"
-        if any(isinstance(each, nn.MultiheadAttention) for each in modules.values())
-        else None
-    )
-
-
 def _default_site(model: Any) -> str:
     return "embeddings" if getattr(model, "main_input_name", None) == "input_ids" else "input"
-
-
-def _distinct(names: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))

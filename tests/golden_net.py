@@ -1,4 +1,4 @@
-"""The net and input behind the golden arrays, by their filling rule (specs/attribution-methods.md section 0)."""
+"""The net and input behind the golden arrays, by their filling rule (attribution-methods.md section 0)."""
 
 from __future__ import annotations
 
@@ -74,4 +74,4 @@ def golden() -> dict[str, Tensor]:
 def largest(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference, shapes required equal."""
     assert a.shape == b.shape
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())

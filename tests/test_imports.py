@@ -12,12 +12,24 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pullback"
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("matplotlib", "captum", "skimage", "scipy", "transformers", "typer", "pandas", "sklearn", "jinja2", "ray")
+HEAVY = (
+    "matplotlib",
+    "captum",
+    "skimage",
+    "scipy",
+    "transformers",
+    "typer",
+    "pandas",
+    "sklearn",
+    "jinja2",
+    "ray",
+)
 
 # from the top down; the same number may import one another
 LEVELS = {
-    "cli": 0, "__main__": 0, "commands": 0, "demo": 0, "doctor": 0, "": 1, "api": 2, "steering": 3, "evaluation": 3,
-    "testing": 3, "attribution": 4, "labels": 5, "result": 5, "storage": 6, "version": 6, "core": 7,
+    "cli": 0, "__main__": 0, "commands": 0, "demo": 0, "demo_report": 0, "doctor": 0, "": 1, "api": 2,
+    "steering": 3, "evaluation": 3, "testing": 3, "attribution": 4, "labels": 5, "result": 5, "inspection": 5,
+    "storage": 6, "version": 6, "core": 7,
 }  # fmt: skip
 LEAVES = ("viz", "datasets")
 
@@ -46,7 +58,9 @@ def imports(file: Path, inside_functions: bool) -> Iterator[tuple[str, int]]:
                         yield from ((f"pullback.{alias.name}", child.lineno) for alias in child.names)
                     else:
                         yield module, child.lineno
-            yield from walk(child, within or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            yield from walk(
+                child, within or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            )
 
     yield from walk(ast.parse(file.read_text()), False)
 
@@ -67,11 +81,10 @@ def part(module: str) -> str | None:
 
 
 def test_import_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; import pullback; "
-        f"print(sorted(name for name in {HEAVY!r} if name in sys.modules))"
+    code = f"import sys; import pullback; print(sorted(name for name in {HEAVY!r} if name in sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert result.stdout.strip() == "[]"
 
 
@@ -104,7 +117,11 @@ def test_leaves_are_imported_inside_functions(file: Path) -> None:
     own = name_of(file)
     if own in LEAVES or LEVELS[own] == 0:
         return
-    wrong = [f"{file.name}:{line} imports {module}" for module, line in imports(file, False) if part(module) in LEAVES]
+    wrong = [
+        f"{file.name}:{line} imports {module}"
+        for module, line in imports(file, False)
+        if part(module) in LEAVES
+    ]
     assert wrong == []
 
 
@@ -112,25 +129,36 @@ def test_leaves_are_imported_inside_functions(file: Path) -> None:
 def test_core_imports_torch_and_the_standard_library_only(file: Path) -> None:
     for module, line in imports(file, False):
         top = module.split(".")[0]
-        assert top in {"torch", "pullback"} or top in sys.stdlib_module_names, f"{file.name}:{line} imports {module}"
+        assert top in {"torch", "pullback"} or top in sys.stdlib_module_names, (
+            f"{file.name}:{line} imports {module}"
+        )
         assert part(module) in (None, "core"), f"{file.name}:{line} imports {module}"
     for module, line in imports(file, True):
         top = module.split(".")[0]
         lazy = {"tqdm"} if file.name == "progress.py" else set()
-        assert top in {"torch", "pullback", *lazy} or top in sys.stdlib_module_names, f"{file.name}:{line} imports {module}"
+        assert top in {"torch", "pullback", *lazy} or top in sys.stdlib_module_names, (
+            f"{file.name}:{line} imports {module}"
+        )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_heavy_packages_are_imported_inside_functions(file: Path) -> None:
     allowed = {"typer"} if LEVELS.get(name_of(file)) == 0 else set()
-    wrong = [f"{module} at {line}" for module, line in imports(file, False) if module.split(".")[0] in {*HEAVY} - allowed]
+    wrong = [
+        f"{module} at {line}"
+        for module, line in imports(file, False)
+        if module.split(".")[0] in {*HEAVY} - allowed
+    ]
     assert wrong == []
 
 
 def test_the_checks_see_a_wrong_import(tmp_path: Path) -> None:
     """The walk finds relative, lazy and nested imports, and leaves TYPE_CHECKING alone."""
     file = PACKAGE / "core" / "imaginary.py"
-    source = "from ..attribution import cam\nif TYPE_CHECKING:\n    import pandas\ndef f():\n    from .. import viz\n    import scipy.stats\n"
+    source = (
+        "from ..attribution import cam\nif TYPE_CHECKING:\n    import pandas\n"
+        "def f():\n    from .. import viz\n    import scipy.stats\n"
+    )
 
     class Given:
         def relative_to(self, other: Path) -> Path:

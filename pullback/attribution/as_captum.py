@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,20 @@ from .baselines import Constant, Given
 __all__ = ["CaptumForm", "as_captum"]
 
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def decorated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The same function with a ``__wrapped__``, which NoiseTunnel calls to get past captum's logging."""
+
+    @wraps(function)
+    def same(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return function(*args, **kwargs)
+
+    return same
+
+
 @dataclass(frozen=True, eq=False)
 class CaptumForm:
     """A method with a model, in the form of captum's attribution objects: ``as_captum(method)(model)``."""
@@ -26,6 +41,7 @@ class CaptumForm:
     method: Callable[[Problem], Point]
     forward_func: Callable[..., Any]
 
+    @decorated
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -85,10 +101,6 @@ class CaptumForm:
         return method
 
 
-# captum's NoiseTunnel calls the function beneath captum's logging decorator
-CaptumForm.attribute.__wrapped__ = CaptumForm.attribute  # type: ignore[attr-defined]
-
-
 @dataclass(frozen=True, eq=False)
 class _Each:
     """One baseline per input, numbers or tensors."""
@@ -123,8 +135,8 @@ def only_number(output: Any) -> Tensor:
 def as_captum(method: Any) -> Callable[[Callable[..., Any]], CaptumForm]:
     """A method of ours in captum's form: ``as_captum(method)(model).attribute(inputs, target=...)``.
 
-    The result stands where captum takes an attribution object (``NoiseTunnel``), its ``attribute`` where captum
-    takes an explanation function (``captum.metrics.sensitivity_max``).
+    The result stands where captum takes an attribution object (``NoiseTunnel``), and its ``attribute`` where
+    captum takes an explanation function (``captum.metrics.sensitivity_max``).
 
     Args:
         method: a method object, or its text.

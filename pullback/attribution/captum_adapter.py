@@ -61,13 +61,13 @@ _ALONE = threading.RLock()
 class Captum:
     """Any attribution class of captum, at any site, on any score: captum's method, our inputs and targets.
 
-    The user's model is never hooked, its parameters are constants, the global random state is kept, and results
-    do not depend on batch mates, except FeaturePermutation's, which permutes the batch.
+    The user's model is never hooked, its parameters are constants, and the global random state is kept. Batch
+    mates do not change results, except FeaturePermutation's, which permutes the batch.
 
     Args:
         name: a class of ``captum.attr``, such as "DeepLift"; case and underscores do not matter.
-        parameters: what its constructor and its ``attribute`` take, by name: plain values, or tensors, printed as
-            a digest. GuidedGradCam's ``layer`` is a module path, NoiseTunnel's ``attribution_method`` a name.
+        parameters: what its constructor and its ``attribute`` take, by name; plain values or tensors.
+            A ``layer`` (GuidedGradCam) is a path, NoiseTunnel's ``attribution_method`` a name.
         baseline: as of ``IntegratedGradients``; ``Dataset(values)`` for GradientShap and DeepLiftShap.
         seed: for classes that draw; every example gets the same draws.
 
@@ -75,7 +75,7 @@ class Captum:
         problem -> (B, *S), in captum's units for the class.
 
     Raises:
-        MethodError: the class or a parameter is unknown, a layer or neuron method is asked, or captum refuses.
+        MethodError: the class or a parameter is unknown, or captum refuses.
 
     Cost: as captum's; in chunks of the problem's own size.
 

@@ -1,7 +1,7 @@
 """A problem's score in the forms captum calls: a differentiable function of rows, or a module to hook.
 
-captum repeats rows in several orders and promises only that ``additional_forward_args`` are repeated alike, so
-row numbers travel there and say which example each row is about.
+captum repeats rows in several orders and promises only that ``additional_forward_args`` are repeated alike.
+Row numbers travel there and say which example each row is about.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``pullback explain``: one model, one input, one result; with ``--out`` a file that says how to make it again."""
+"""``pullback explain``: one model, one input, one result, and a record of how it was made."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def explain(
     given = {name: value for name, value in locals().items() if name not in ("out", "html", "as_json")}
     require_folders(out, html)
 
-    import pullback
+    from pullback.api import explain as attribution_of
     from pullback.commands.models import load_tokenizer, named_model
     from pullback.commands.targets import parse_target
     from pullback.core.errors import InputError
@@ -101,7 +101,7 @@ def explain(
     attribution = checked(
         named.model,
         inputs,
-        lambda: pullback.explain(
+        lambda: attribution_of(
             named.model,
             inputs,
             target=parse_target(target, words, is_language_model(named.model)),
@@ -162,7 +162,8 @@ def checked(model: Any, inputs: Any, work: Any) -> Any:
         except Exception as refused:
             shapes = _shapes(inputs)
             raise InputError(
-                f"the model does not take this input ({shapes}): {refused}. Give another shape; images take --size and --channels."
+                f"the model does not take this input ({shapes}): {refused}. "
+                "Give another shape; images take --size and --channels."
             ) from error
         raise
 
@@ -185,7 +186,7 @@ def is_language_model(model: Any) -> bool:
 
 
 def run_record(given: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked, sufficient to ask again: the options, the input's hash and preparation, and the command."""
+    """What was asked, enough to ask again: the options, the input's hash and preparation, and the command."""
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in given.items()

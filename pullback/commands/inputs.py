@@ -30,8 +30,8 @@ def named_input(
 ) -> tuple[Any, dict[str, Any]]:
     """The model's inputs, and the record of how they were made.
 
-    An image becomes (1, C, H, W) in [0, 1] (then normalised as ``preprocessor_config.json`` says, where the model's
-    directory has one); a ``.npy`` array is passed as it is, batch first; a ``.txt`` file and ``text`` are tokenized.
+    An image becomes (1, C, H, W) in [0, 1] (then normalised as ``preprocessor_config.json`` says, where the
+    model's directory has one); a ``.npy`` array is passed as it is, batch first; text is tokenized.
 
     Raises:
         InputError: there is no such file, it cannot be read, or it is of no known kind.
@@ -118,7 +118,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def as_model_takes(value: Tensor, model: Any) -> Tensor:
-    """A floating value in the dtype and on the device of the model's parameters; integers keep their dtype."""
+    """A value on the model's device, floating ones in the dtype of its parameters."""
     parameter = (
         next((p for p in model.parameters() if p.is_floating_point()), None)
         if isinstance(model, nn.Module)

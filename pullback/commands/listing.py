@@ -28,9 +28,7 @@ def listing(
             typer.echo(f"  {row['name']}({', '.join(row['parameters'])})")
             typer.echo(f"      {row['summary']}")
     typer.echo("short names: " + ", ".join(f"{short} = {name}" for short, name in ALIASES.items()))
-    typer.echo(
-        "case and underscores do not matter; methods nest: smoothgrad(integrated_gradients(steps=32), samples=8)"
-    )
+    typer.echo("case and underscores do not matter; methods nest: smoothgrad(ig(steps=32), samples=8)")
 
 
 def entries(classes: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Models named on the command line: a ``transformers`` directory, or ``module:factory``. Nothing is downloaded."""
+"""Models named on the command line: a ``transformers`` directory or ``module:factory``; no download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from pullback.core.errors import InputError, ModelError
+from pullback.core.errors import InputError, ModelError, nearest
 
 __all__ = ["NamedModel", "load_tokenizer", "named_model"]
 
@@ -48,8 +48,8 @@ def named_model(text: str) -> NamedModel:
     """The model a command line names, in eval mode.
 
     Args:
-        text: the directory that ``save_pretrained`` wrote, or ``module:factory``, a function without arguments that
-            returns the model (or the model itself), importable from the current directory.
+        text: the directory that ``save_pretrained`` wrote, or ``module:factory``: a function of nothing
+            that returns the model (or the model itself), importable from the current directory.
 
     Raises:
         ModelError: there is no such directory, module or factory, or loading failed.
@@ -91,7 +91,7 @@ def _built(module_name: str, attribute: str) -> Any:
             name for name, value in vars(importlib.import_module(module_name)).items() if callable(value)
         ]
         raise ModelError(
-            f'"{module_name}" has no "{attribute}". It has: {", ".join(n for n in names if n[0] != "_")[:200]}.'
+            f'"{module_name}" has no "{attribute}". Nearest: {nearest(attribute, names)}.'
         ) from None
     except Exception as error:
         raise ModelError(f'importing "{module_name}" failed with {type(error).__name__}: {error}.') from error
@@ -101,7 +101,8 @@ def _built(module_name: str, attribute: str) -> Any:
         return found()
     except Exception as error:
         raise ModelError(
-            f'"{module_name}:{attribute}" failed with {type(error).__name__}: {error}. A factory takes no arguments.'
+            f'"{module_name}:{attribute}" failed with {type(error).__name__}: {error}. '
+            "A factory is called without arguments."
         ) from error
 
 
@@ -155,8 +156,8 @@ def load_tokenizer(directory: Path) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            f"no tokenizer could be loaded from {directory}: {error}. Save it there with tokenizer.save_pretrained, "
-            "or name its directory: --tokenizer DIRECTORY."
+            f"no tokenizer could be loaded from {directory}: {error}. "
+            "Save it there with tokenizer.save_pretrained, or name its directory: --tokenizer DIRECTORY."
         ) from error
 
 

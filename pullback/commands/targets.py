@@ -25,7 +25,7 @@ _PRESETS = (
 
 
 def parse_target(text: str | None, tokenizer: Any = None, language_model: bool = False) -> Any:
-    """A target from its text: None, "3", "3,7" (one per example), a label, or a call such as ``Margin(1, 2)``.
+    """A target from its text: None, "3", "3,7" (one per example), a label, or a call: ``Margin(1, 2)``.
 
     For a language model other text is a continuation: its log-probability is explained.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .errors import SiteError
@@ -31,8 +32,11 @@ def edit(model: nn.Module, edits: Sequence[tuple[Site, Edit]]) -> Iterator[None]
     with ExitStack() as stack:
         for site, change in edits:
             module = site.module(model)
-            if not callable(getattr(module, "register_forward_hook", None)):
-                raise SiteError(f'"{site}" cannot be reached: {type(module).__name__} takes no hooks.')
+            if isinstance(module, torch.jit.ScriptModule):
+                raise SiteError(
+                    f'"{site}" is a ScriptModule, which takes no hooks. Choose the module around it, or explain the '
+                    "model before torch.jit.script."
+                )
             counter = _Counter(site, change)
             if site.side == "input":
                 handle = module.register_forward_pre_hook(counter.before, with_kwargs=True)

@@ -189,7 +189,7 @@ def _looks_like_tokens(name: str, tensor: Tensor) -> bool:
 
 def _require_finite(explained: Mapping[str, Tensor]) -> None:
     for name, tensor in explained.items():
-        finite = torch.isfinite(tensor).flatten(1).all(1)
+        finite = torch.isfinite(tensor).unsqueeze(1).flatten(1).all(1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             count = int((~torch.isfinite(tensor[bad])).sum())

@@ -57,7 +57,7 @@ def contract(gradient: Tensor, delta: Tensor) -> Tensor:
 
 def total(point: Point) -> Tensor:
     """Sum over everything but the batch, over all leaves, in float64 where the device has it: (B,)."""
-    sums = [widest(leaf).flatten(1).sum(1) for leaf in leaves(point)]
+    sums = [widest(leaf).unsqueeze(1).flatten(1).sum(1) for leaf in leaves(point)]
     return torch.stack([part.to(sums[0].device) for part in sums]).sum(0)
 
 

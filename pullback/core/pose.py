@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -98,7 +99,10 @@ def pose_targets(
         clean = _Clean(module, read, wanted, resources)
         clean.run()
     context = TargetContext(read.batch, read.attention_mask, read.tokens, getattr(module, "config", None))
-    return _problem(clean, targets, context, resources, notes)
+    problem = _problem(clean, targets, context, resources, notes)
+    mates = isinstance(model, nn.Module) and any(part.training and unsettled(part) for part in model.modules())
+    problem.posed.whole = problem.posed.stochastic or mates
+    return problem
 
 
 def default_site(site: Site | None, read: ModelInputs, hookable: bool) -> Site:
@@ -253,6 +257,12 @@ class _Clean:
         if not isinstance(self.module, nn.Module):
             return error
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        if parameter is not None and not self.read.explained and re.search(r"\bd?type\b", str(error)):
+            name, leaf = next(iter(self.read.leaf.items()))
+            return InputError(
+                f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward failed: '
+                f"{error}. If it holds numbers rather than token ids, convert it: x.to({parameter.dtype})."
+            )
         for name in self.read.explained if parameter is not None else ():
             leaf = self.read.leaf[name]
             assert parameter is not None
@@ -363,6 +373,11 @@ def _concatenated(outputs: Sequence[Any]) -> Any:
     if isinstance(first, (list, tuple)):
         parts = [_concatenated([output[index] for output in outputs]) for index in range(len(first))]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if any(isinstance(part, Tensor) for part in getattr(first, "__dict__", {}).values()):
+        joined = copy.copy(first)
+        for name in vars(first):
+            object.__setattr__(joined, name, _concatenated([vars(output)[name] for output in outputs]))
+        return joined
     return first
 
 

@@ -40,6 +40,7 @@ class Variant:
 class PosedModel:
     """Everything fixed by ``pose``: the shadow, the inputs, the site, the targets and the clean point.
 
+    ``whole`` asks for the batch in one piece, where a row's draws or statistics depend on its place in the batch.
     ``lock`` makes one posed model safe to evaluate from several threads: hooks on the shadow are per forward.
     """
 
@@ -52,6 +53,7 @@ class PosedModel:
     paired: bool = False
     free: Tensor | None = None
     stochastic: bool = False
+    whole: bool = False
     seed: int = 0
     asked_site: str = "input"
     token_site: bool = False
@@ -77,12 +79,16 @@ class PosedModel:
 
     def scores(self, z: Point, examples: Tensor, asked: Tensor) -> Tensor:
         """One score per row, (R,), differentiable in z. ``asked`` says which target each row is for."""
+        place = torch.arange(len(examples))
+        if len(self.targets) > 1 and not torch.is_grad_enabled():
+            place, first = _same_places(z, examples)
+            z, examples = map_leaves(lambda leaf: leaf[first.to(leaf.device)], z), examples[first]
         z = self.held(z, examples)
         output = self.output(z, examples)
         if len(self.targets) == 1:
             return self.score_of(0, output, examples)
         every = torch.stack([self.score_of(number, output, examples) for number in range(len(self.targets))], 1)
-        return every.gather(1, asked.to(every.device)[:, None])[:, 0]
+        return every[place.to(every.device)].gather(1, asked.to(every.device)[:, None])[:, 0]
 
     def score_of(self, number: int, output: Any, examples: Tensor) -> Tensor:
         return self.targets[number].score(output, examples)
@@ -182,7 +188,7 @@ def _same_places(z: Point, examples: Tensor) -> tuple[Tensor, Tensor]:
     fresh = torch.ones(len(examples), dtype=torch.bool)
     same = examples[1:] == examples[:-1]
     for leaf in leaves(z):
-        same = same & (leaf[1:] == leaf[:-1]).flatten(1).all(1).to(same.device)
+        same = same & (leaf[1:] == leaf[:-1]).unsqueeze(1).flatten(1).all(1).to(same.device)
     fresh[1:] = ~same
     return fresh.cumsum(0) - 1, fresh.nonzero()[:, 0]
 

@@ -188,6 +188,8 @@ class Problem:
 
     def chunk_rows(self) -> int:
         """How many rows the estimator should bring at once."""
+        if self.posed.whole and self.resources.chosen is None and self.resources.budget is None:
+            return self.batch
         row = sum(widest(leaf[:1]).nbytes for leaf in leaves(self.point))
         chosen = self.resources.rows(self.device, self._peak, row, HELD_COPIES * row * self.batch)
         return chosen * len(self.posed.targets)

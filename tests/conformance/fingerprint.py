@@ -21,8 +21,8 @@ def of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     stored = plain.contiguous().cpu().clone().flatten().view(torch.uint8).numpy().tobytes()
     grad = None if tensor.is_leaf is False else tensor.grad
     return (
-        id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.stride(), tensor.dtype, tensor.is_inference(),
-        id(grad) if grad is not None else None, None if grad is None else grad.clone().numpy().tobytes(), stored,
+        id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.stride(), tensor.dtype, tensor.is_inference(),  # noqa: E501
+        id(grad) if grad is not None else None, None if grad is None else grad.clone().numpy().tobytes(), stored,  # noqa: E501
     )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def of_value(value: Any, depth: int = 3) -> Any:
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """Every entry of every module's ``__dict__``: parameters, buffers, hooks, modes, children, own attributes."""
+    """Every entry of every module's ``__dict__``: parameters, buffers, hooks, modes, children, own attributes."""  # noqa: E501
     return {
         f"{path}.{name}": of_value(value)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -60,9 +60,21 @@ def of_process() -> dict[str, Any]:
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "anomaly": torch.is_anomaly_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
-        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        ),
+        "cudnn": (
+            torch.backends.cudnn.enabled,
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+        ),
+        "tf32": (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+        ),
         "mkldnn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": torch.get_default_dtype(),
@@ -89,13 +101,17 @@ def tensors_of(inputs: Any) -> list[Tensor]:
 
 @contextmanager
 def assert_untouched(model: nn.Module, inputs: Any = ()) -> Iterator[None]:
-    """Fails, naming the entry, if the body changed the model, the inputs or the process; errors pass through."""
+    """Fails, naming the entry, if the body changed the model, the inputs or the process; errors pass through."""  # noqa: E501
     before = of_model(model), [of_tensor(each) for each in tensors_of(inputs)], of_process()
     try:
         yield
     finally:
         after = of_model(model), [of_tensor(each) for each in tensors_of(inputs)], of_process()
-        changed = [name for name in before[0].keys() | after[0].keys() if before[0].get(name) != after[0].get(name)]
-        changed += [f"input {number}" for number, (a, b) in enumerate(zip(before[1], after[1], strict=True)) if a != b]
+        changed = [
+            name for name in before[0].keys() | after[0].keys() if before[0].get(name) != after[0].get(name)
+        ]
+        changed += [
+            f"input {number}" for number, (a, b) in enumerate(zip(before[1], after[1], strict=True)) if a != b
+        ]
         changed += [name for name in before[2] if before[2][name] != after[2][name]]
         assert not changed, f"changed: {changed}"

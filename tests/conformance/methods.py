@@ -1,6 +1,7 @@
 """One small instance of every registered method, and the smooth nets they are tried on.
 
-A new method is tested by being listed in ``pullback.METHODS``; only what its defaults cannot say is said here.
+A new method is tested by being listed in ``pullback.METHODS``; only what its defaults cannot say is said
+here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LAYER_ONLY = {"GradCAM": "2", "LayerCAM": "2"}
 INPUT_ONLY = {"FullGrad"}
 # its values are a hash of the content, so another dtype is another draw, and it is no function of the model
 MODEL_FREE = {"RandomAttribution"}
+# the small instance draws nothing, though the class can
+SEED_UNUSED = {"Captum"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def smooth_net() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(),
+            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(),  # noqa: E501
             nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4),
         )  # fmt: skip
     return net.double().eval()

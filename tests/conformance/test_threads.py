@@ -32,7 +32,7 @@ def shared_model() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(),
+            nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(),  # noqa: E501
             nn.Linear(12, 3),
         ).double().eval()  # fmt: skip
 
@@ -133,7 +133,11 @@ def test_threads_with_random_forwards_do_not_mix_their_draws() -> None:
     """allow_train freezes the draws of each call by itself, whichever threads run beside it."""
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)).double().train()
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    run = lambda: values(pb.explain(net, x, target=1, method=pb.IntegratedGradients(steps=4), allow_train=True))  # noqa: E731
+    method = pb.IntegratedGradients(steps=4)
+
+    def run() -> Tensor:
+        return values(pb.explain(net, x, target=1, method=method, allow_train=True))
+
     wanted = run()
     different: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The user's model, inputs and process are as before after every call, also when anything raises at any point."""
+"""The user's model, inputs and process are as before after every call, whatever raises wherever."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_method_leaves_a_trace(name: str) -> None:
 
 
 def reference(model: nn.Module, x: Tensor, target: int) -> Tensor:
-    """The gradient by autograd, on a private deep copy, one example at a time where the net is in eval mode."""
+    """The gradient by autograd, on a private deep copy."""
     private = copy.deepcopy(model)
     leaf = x.detach().clone().requires_grad_()
     score = private(leaf * 1.0)[:, target].sum()
@@ -40,12 +40,14 @@ def reference(model: nn.Module, x: Tensor, target: int) -> Tensor:
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_habits_of_nets(name: str, dtype: torch.dtype) -> None:
-    """Right gradients, and no trace, for nets that work in place, reuse modules, carry hooks, write buffers..."""
+    """Right gradients and no trace: nets that work in place, reuse modules, carry hooks, write buffers."""
     net, x = built(name, dtype)
     wanted = reference(net, x, 1)
     with assert_untouched(net, x):
         found = values(pb.explain(net, x, target=1, method="gradient"))
-        pb.explain(net, x, target=1, method=pb.SmoothGrad(pb.IntegratedGradients(steps=3), samples=2), chunk=2)
+        pb.explain(
+            net, x, target=1, method=pb.SmoothGrad(pb.IntegratedGradients(steps=3), samples=2), chunk=2
+        )
     assert found.dtype == dtype
     assert relative(found, wanted) <= 8 * torch.finfo(dtype).eps
 
@@ -53,7 +55,9 @@ def test_habits_of_nets(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_habits_of_nets_at_a_layer(name: str) -> None:
     net, x = built(name)
-    site = next(path for path, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.LSTM)))
+    site = next(
+        path for path, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.LSTM))
+    )
     site += "@0" if name == "reused_module" else ""
     with assert_untouched(net, x):
         found = pb.explain(net, x, target=1, site=site, method=pb.IntegratedGradients(steps=32))
@@ -157,7 +161,14 @@ def test_nothing_is_left_behind_when_the_chunk_choice_raises(budget: str | None)
     for at in range(1, 8):
         net = faulty_net("forward", _Fault(at, _Raises("fault")))
         with assert_untouched(net), pytest.raises(_Raises, match="fault"):
-            pb.explain(net, images(2), target=1, method=pb.IntegratedGradients(steps=16), chunk=2, memory_budget=budget)
+            pb.explain(
+                net,
+                images(2),
+                target=1,
+                method=pb.IntegratedGradients(steps=16),
+                chunk=2,
+                memory_budget=budget,
+            )
 
 
 class _Dividing(nn.Module):
@@ -195,6 +206,17 @@ def test_a_model_that_writes_into_its_parameters_keeps_them(kind: type[nn.Module
         assert relative(values(found), (weight[1] / 2).expand(2, 6)) <= 1e-12
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_rwkv_keeps_its_weights(every: int) -> None:
+    """transformers' Rwkv in eval mode divides weights of every n-th block in place at its first forward."""
+    from tests.zoo.architectures import rwkv
+
+    model, inputs = rwkv()
+    model.config.rescale_every = every
+    with assert_untouched(model, inputs):
+        pb.explain(model, inputs, target=1, method=pb.IntegratedGradients(steps=2))
+
+
 @pytest.mark.parametrize("name", list(INSTANCES)[:3])
 def test_models_of_other_modes(name: str) -> None:
     """Inside no_grad, inference_mode, autocast off and on; parameters made under inference_mode; compiled."""
@@ -210,8 +232,12 @@ def test_models_of_other_modes(name: str) -> None:
         made = smooth_net()
     with assert_untouched(made, x):
         assert torch.equal(values(explain(made, x, name)), wanted)
-        assert relative(values(explain(made, x, name, site="1")), values(explain(net, x, name, site="1"))) == 0
+        assert (
+            relative(values(explain(made, x, name, site="1")), values(explain(net, x, name, site="1"))) == 0
+        )
     compiled = torch.compile(net, backend="eager")
     with assert_untouched(net, x):
         assert torch.equal(values(explain(compiled, x, name)), wanted)
-        assert torch.equal(values(explain(compiled, x, name, site="1")), values(explain(net, x, name, site="1")))
+        assert torch.equal(
+            values(explain(compiled, x, name, site="1")), values(explain(net, x, name, site="1"))
+        )

@@ -52,18 +52,30 @@ def test_no_site(text: str) -> None:
 
 
 def test_not_even_text() -> None:
-    with pytest.raises(SiteError, match="a site is text such as .* got int"):
+    with pytest.raises(SiteError, match=r"a site is text such as .* got int"):
         Site.parse(3)  # type: ignore[arg-type]
 
 
 def test_unknown_module_names_the_nearest() -> None:
-    with pytest.raises(SiteError, match=r'no module "layer3" in Deep\. Nearest: "layer2", "layer1".* lists all \d+') as caught:
+    with pytest.raises(
+        SiteError, match=r'no module "layer3" in Deep\. Nearest: "layer2", "layer1".* lists all \d+'
+    ) as caught:
         pb.explain(Deep(), torch.ones(1, 3), site="layer3")
     assert "pullback.sites(model)" in str(caught.value)
 
 
 def test_sites_lists_every_path() -> None:
-    assert sites(Deep()) == ["layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "layer2.1", "shared", "spare", "head"]
+    assert sites(Deep()) == [
+        "layer1",
+        "layer1.0",
+        "layer1.1",
+        "layer2",
+        "layer2.0",
+        "layer2.1",
+        "shared",
+        "spare",
+        "head",
+    ]
 
 
 def test_paths_of_a_wrapped_model_work_with_and_without_the_prefix() -> None:
@@ -77,15 +89,21 @@ def test_paths_of_a_wrapped_model_work_with_and_without_the_prefix() -> None:
 
 
 def test_a_module_that_never_runs() -> None:
-    with pytest.raises(SiteError, match=r'"spare" never ran in this forward pass\. Choose a module that the forward uses'):
+    with pytest.raises(
+        SiteError, match=r'"spare" never ran in this forward pass\. Choose a module that the forward uses'
+    ):
         pb.explain(Deep(), torch.ones(1, 3), site="spare")
 
 
 def test_a_module_that_runs_twice_is_asked_for_by_call() -> None:
     net, x = Deep().double(), torch.randn(2, 3, dtype=torch.float64)
-    with pytest.raises(SiteError, match=r'"shared" ran 2 times in one forward pass\. Choose one call: "shared@0", "shared@1"'):
+    with pytest.raises(
+        SiteError, match=r'"shared" ran 2 times in one forward pass\. Choose one call: "shared@0", "shared@1"'
+    ):
         pb.explain(net, x, site="shared")
-    with pytest.raises(SiteError, match=r'ran 2 times; calls are counted from 0, so "shared@2" does not exist'):
+    with pytest.raises(
+        SiteError, match=r'ran 2 times; calls are counted from 0, so "shared@2" does not exist'
+    ):
         pb.explain(net, x, site="shared@2")
     first = pb.explain(net, x, target=1, site="shared@0", method="gradient")
     second = pb.explain(net, x, target=1, site="shared@1", method="gradient")
@@ -123,16 +141,24 @@ class _Text(nn.Module):
 
 def test_one_entry_of_a_nest() -> None:
     x = torch.ones(1, 2, dtype=torch.float64)
-    for site, wanted in [("pair", [2.0, 0.0]), ("pair:output.states.0", [2.0, 0.0]), ("pair:output.states.1", [1.0, 1.0])]:
+    for site, wanted in [
+        ("pair", [2.0, 0.0]),
+        ("pair:output.states.0", [2.0, 0.0]),
+        ("pair:output.states.1", [1.0, 1.0]),
+    ]:
         assert pb.explain(Nested(), x, target=0, site=site, method="gradient").values.tolist() == [wanted]
 
 
 def test_missing_entries_and_sites_without_tensors() -> None:
-    with pytest.raises(SiteError, match=r'site "text" holds no tensor : it is a str|site "text" holds no tensor'):
+    with pytest.raises(
+        SiteError, match=r'site "text" holds no tensor : it is a str|site "text" holds no tensor'
+    ):
         pb.explain(Nested(), torch.ones(1, 2), site="text")
     with pytest.raises(SiteError, match=r'"pair:output\.logits" holds no tensor'):
         pb.explain(Nested(), torch.ones(1, 2), site="pair:output.logits")
-    with pytest.raises(SiteError, match=r'the value at "pair:output\.ids" is torch\.int64; only floating values'):
+    with pytest.raises(
+        SiteError, match=r'the value at "pair:output\.ids" is torch\.int64; only floating values'
+    ):
         pb.explain(Nested(), torch.ones(1, 2), site="pair:output.ids")
 
 

@@ -36,15 +36,18 @@ class RandomAttribution:
     seed: int = 0
 
     def __call__(self, problem: Problem) -> Point:
-        def random(leaf: Tensor) -> Tensor:
-            rows = [noise.normal(row.shape, self.seed, 0, f"random/{content(row)}") for row in leaf]
-            return torch.stack(rows).to(leaf.device, leaf.real.dtype)
+        free = problem.free
 
-        values = map_leaves(random, problem.point)
-        if problem.free is not None and isinstance(values, Tensor):
-            free = problem.free.to(values.device)
-            values = values * free.reshape(*free.shape, *[1] * (values.dim() - 2))
-        return values
+        def random(leaf: Tensor) -> Tensor:
+            values = torch.zeros(leaf.shape, dtype=leaf.real.dtype, device=leaf.device)
+            for number, row in enumerate(leaf):
+                # padding neither receives attribution nor takes part in the key
+                where = slice(None) if free is None else free[number].to(leaf.device)
+                kept = row[where]
+                values[number, where] = noise.normal(kept.shape, self.seed, 0, f"random/{content(kept)}").to(values)
+            return values
+
+        return map_leaves(random, problem.point)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
     """
     tokens = inputs.tokens
     if tokens is None or last is None or inputs.token_leaf is None or tokens.dim() != 2:
-        raise TargetError("a target of several tokens needs token ids as input: pass the tokenizer's output to the model.")
+        raise TargetError(
+            "a target of several tokens needs token ids as input: pass the tokenizer's output to the model."
+        )
     appended = [list(each)[:-1] for each in ids]
     extra = max(len(each) for each in appended)
     batch, length = tokens.shape
@@ -33,14 +35,24 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
     along = [
         name
         for name, leaf in inputs.leaf.items()
-        if leaf.dim() >= 2 and leaf.shape[:2] == tokens.shape and name not in (inputs.token_leaf, "attention_mask", "token_type_ids")
+        if leaf.dim() >= 2
+        and leaf.shape[:2] == tokens.shape
+        and name not in (inputs.token_leaf, "attention_mask", "token_type_ids")
     ]
     if along:
-        raise TargetError(f"a target of several tokens cannot lengthen {', '.join(along)}; leave them out or use one token.")
+        raise TargetError(
+            f"a target of several tokens cannot lengthen {', '.join(along)}; leave them out or use one token."
+        )
     longer = torch.cat([tokens, tokens.new_zeros(batch, extra)], 1)
     given = inputs.leaf.get("attention_mask")
     mask = torch.cat([torch.ones_like(tokens) if given is None else given, tokens.new_zeros(batch, extra)], 1)
-    kept = torch.cat([torch.ones_like(tokens, dtype=torch.bool), torch.zeros(batch, extra, dtype=torch.bool, device=tokens.device)], 1)
+    kept = torch.cat(
+        [
+            torch.ones_like(tokens, dtype=torch.bool),
+            torch.zeros(batch, extra, dtype=torch.bool, device=tokens.device),
+        ],
+        1,
+    )
     for row, addition in enumerate(appended):
         start = int(last[row]) + 1
         stop = start + len(addition)

@@ -62,12 +62,19 @@ class _Watch:
             call, calls[0] = calls[0], calls[0] + 1
             value = kwargs.get("inputs_embeds")
             if self.merges and isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
-                self.handed_on.append((Site("module", path, call, "input", "inputs_embeds"), value.detach().clone()))
+                self.handed_on.append(
+                    (Site("module", path, call, "input", "inputs_embeds"), value.detach().clone())
+                )
 
         return hook
 
     def _ours(self, ids: Any, output: Tensor) -> bool:
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or output.dim() != ids.dim() + 1 or self.tokens is None:
+        if (
+            not isinstance(ids, Tensor)
+            or ids.is_floating_point()
+            or output.dim() != ids.dim() + 1
+            or self.tokens is None
+        ):
             return False
         if not output.is_floating_point() or ids.shape[-1] != self.tokens.shape[-1]:
             return False

@@ -67,7 +67,9 @@ class Moments:
     def variance(self) -> Tensor:
         """The population variance, (B, *S), never negative."""
         assert self.squares is not None
-        return self.squares / expand_like(self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny), self.squares)
+        return self.squares / expand_like(
+            self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny), self.squares
+        )
 
 
 Evaluate = Callable[[Point, Tensor, Tensor], Point]
@@ -119,4 +121,3 @@ def mean_gradient(problem: Problem, weights: Tensor, place: Place, progress: str
     """Σ_k weight_k ∇score(place(k)), per example, in the accumulation dtype."""
     moments = stream(problem, weights, place, progress=progress)
     return {name: each.mean for name, each in moments.items()} if isinstance(moments, dict) else moments.mean
-

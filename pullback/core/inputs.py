@@ -52,7 +52,9 @@ class ModelInputs:
     def tokens(self) -> Tensor | None:
         return None if self.token_leaf is None else self.leaf[self.token_leaf]
 
-    def rows(self, rows: Tensor | None, replaced: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rows(
+        self, rows: Tensor | None, replaced: Mapping[str, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call for the given examples, some leaves replaced by values that already have one row each."""
 
         def value(name: str) -> Tensor:
@@ -92,25 +94,34 @@ def read_inputs(inputs: Any, model: Callable[..., Any]) -> ModelInputs:
         raise InputError(f"no tensor in the inputs (a {type(inputs).__name__}). {_as_tensors(inputs)}")
 
     leaf = {name: tensor for name, (tensor, _) in found.items()}
-    per_example = {name: tensor for name, (tensor, shared) in found.items() if not shared and tensor.dim() > 0}
+    per_example = {
+        name: tensor for name, (tensor, shared) in found.items() if not shared and tensor.dim() > 0
+    }
     floating = [
         name
         for name, tensor in per_example.items()
-        if (tensor.is_floating_point() or tensor.is_complex()) and not name.rsplit(".", 1)[-1].endswith("mask")
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and not name.rsplit(".", 1)[-1].endswith("mask")
     ]
     tokens = next((name for name, tensor in per_example.items() if _looks_like_tokens(name, tensor)), None)
     reference = tokens if tokens is not None else (floating[0] if floating else next(iter(per_example), None))
     if reference is None:
-        raise InputError("no input has a batch dimension: every tensor is a scalar. Give inputs of shape (B, ...).")
+        raise InputError(
+            "no input has a batch dimension: every tensor is a scalar. Give inputs of shape (B, ...)."
+        )
     batch = len(leaf[reference])
     if batch == 0:
-        raise InputError(f'empty batch: input "{reference}" has shape {tuple(leaf[reference].shape)}. Give at least one example.')
+        raise InputError(
+            f'empty batch: input "{reference}" has shape {tuple(leaf[reference].shape)}. Give at least one example.'
+        )
     explained = tuple(name for name in floating if len(leaf[name]) == batch)
     _require_finite({name: leaf[name] for name in explained})
     examples = frozenset(name for name, tensor in per_example.items() if len(tensor) == batch)
 
     def call(value: Callable[[str], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(_rebuild(part, value) for part in args), {k: _rebuild(part, value) for k, part in kwargs.items()}
+        return tuple(_rebuild(part, value) for part in args), {
+            k: _rebuild(part, value) for k, part in kwargs.items()
+        }
 
     return ModelInputs(call, leaf, examples, explained, tokens, batch)
 
@@ -141,7 +152,9 @@ def _collect(value: Any, name: str, found: dict[str, tuple[Tensor, bool]]) -> An
         found[name] = (_plain(value), shared)
         return _Slot(name)
     if hasattr(value, "get_seq_length"):
-        raise InputError(f'"{name}" is a key-value cache; attribution needs the whole sequence. Pass all tokens, no cache.')
+        raise InputError(
+            f'"{name}" is a key-value cache; attribution needs the whole sequence. Pass all tokens, no cache.'
+        )
     return _rebuilt(value, lambda key, part: _collect(part, f"{name}.{key}", found))
 
 
@@ -184,7 +197,12 @@ def _looks_like_tokens(name: str, tensor: Tensor) -> bool:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return False
     last = name.rsplit(".", 1)[-1]
-    return not last.endswith("mask") and last not in {"token_type_ids", "position_ids", "labels", "cache_position"}
+    return not last.endswith("mask") and last not in {
+        "token_type_ids",
+        "position_ids",
+        "labels",
+        "cache_position",
+    }
 
 
 def _require_finite(explained: Mapping[str, Tensor]) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .clean_pass import CleanPass, concatenated
 from .continuations import extend
-from .edits import capture
-from .embeddings import find_embeddings
 from .errors import InputError, ModelError, SiteError, TargetError
 from .inputs import ModelInputs, read_inputs
 from .points import Point, map_leaves, widest
-from .posed import PosedModel, Variant, kept_random_state, random_state_lock
+from .posed import PosedModel, Variant
 from .problem import Problem
-from .resources import AllocationMeter, PeakMeter, Resources, is_out_of_memory
+from .resources import Resources, SharedWriteError, storages
 from .shadow import shadow
 from .sites import Site
 from .targets import TargetContext, continuations, resolve
@@ -80,29 +75,55 @@ def pose_targets(
 ) -> Problem:
     """Pose several targets together: B·K rows, example-major, that share their forwards where points coincide."""
     if not callable(model):
-        raise InputError(f"the model is a {type(model).__name__}, which cannot be called. Give an nn.Module or a function.")
+        raise InputError(
+            f"the model is a {type(model).__name__}, which cannot be called. Give an nn.Module or a function."
+        )
     resources = Resources(chunk, memory_budget)
     with torch.inference_mode(False):
         read = read_inputs(inputs, model)
         wanted = Site.parse(site) if site is not None else None
         notes: list[str] = []
-        module: Callable[..., Any] = model
-        hookable = False
         if isinstance(model, nn.Module):
             require_settled(model, allow_train)
-            private = shadow(model, private_buffers=True)
-            module, hookable = private.module, not private.scripted or not isinstance(private.module, torch.jit.ScriptModule)
-            notes.extend(private.notes)
+            clean = _on_shadow(model, read, wanted, resources, notes)
         else:
-            notes.append("a plain callable: only its input can be explained, and parameters it closes over are not shielded")
-        wanted = default_site(wanted, read, hookable)
-        clean = _Clean(module, read, wanted, resources)
-        clean.run()
-    context = TargetContext(read.batch, read.attention_mask, read.tokens, getattr(module, "config", None))
+            notes.append(
+                "a plain callable: only its input can be explained, and parameters it closes over are not shielded"
+            )
+            clean = CleanPass(model, read, default_site(wanted, read, hookable=False), resources)
+            clean.run()
+    context = TargetContext(
+        read.batch, read.attention_mask, read.tokens, getattr(clean.module, "config", None)
+    )
     problem = _problem(clean, targets, context, resources, notes)
-    mates = isinstance(model, nn.Module) and any(part.training and unsettled(part) for part in model.modules())
+    mates = isinstance(model, nn.Module) and any(
+        part.training and unsettled(part) for part in model.modules()
+    )
     problem.posed.whole = problem.posed.stochastic or mates
     return problem
+
+
+def _on_shadow(
+    model: nn.Module, read: ModelInputs, wanted: Site | None, resources: Resources, notes: list[str]
+) -> CleanPass:
+    """The first pass on a shadow; on private copies of the tensors where the forward writes into them."""
+    writes = any(module.training and unsettled(module) for module in model.modules())
+    while True:
+        built = shadow(model, private=writes)
+        site = default_site(wanted, read, hookable=not isinstance(built.module, torch.jit.ScriptModule))
+        clean = CleanPass(
+            built.module, read, site, resources, frozenset() if writes else storages(built.module)
+        )
+        try:
+            clean.run()
+        except SharedWriteError:
+            writes = True
+            notes.append(
+                "the forward writes into its parameters or buffers, so it runs on private copies of them"
+            )
+            continue
+        notes.extend(built.notes)
+        return clean
 
 
 def default_site(site: Site | None, read: ModelInputs, hookable: bool) -> Site:
@@ -110,15 +131,19 @@ def default_site(site: Site | None, read: ModelInputs, hookable: bool) -> Site:
     if site is None:
         site = Site("embeddings") if read.token_leaf is not None and hookable else Site("input")
     if site.kind != "input" and not hookable:
-        raise SiteError(f'"{site}" needs an nn.Module that takes hooks; for a callable or a ScriptModule use site="input".')
+        raise SiteError(
+            f'"{site}" needs an nn.Module that takes hooks; for a callable or a ScriptModule use site="input".'
+        )
     if site.kind == "input":
         if site.leaf is not None and site.leaf not in read.explained:
             raise SiteError(
                 f'no floating input "{site.leaf}". Those that can be explained: '
-                f'{", ".join(f"input:{name}" for name in read.explained) or "none"}.'
+                f"{', '.join(f'input:{name}' for name in read.explained) or 'none'}."
             )
         if not read.explained:
-            kinds = ", ".join(f"{name} {str(leaf.dtype).removeprefix('torch.')}" for name, leaf in read.leaf.items())
+            kinds = ", ".join(
+                f"{name} {str(leaf.dtype).removeprefix('torch.')}" for name, leaf in read.leaf.items()
+            )
             raise InputError(
                 f"no floating input to differentiate ({kinds}). Token ids: use an nn.Module with an embedding, "
                 'site="embeddings". An image: convert it with x.float().'
@@ -143,7 +168,11 @@ def unsettled(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return "drops at random" if module.p > 0 else None
     if isinstance(module, nn.modules.batchnorm._NormBase):
-        return "uses batch statistics" if module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+        return (
+            "uses batch statistics"
+            if module.track_running_stats or isinstance(module, nn.modules.batchnorm._BatchNorm)
+            else None
+        )
     if isinstance(module, nn.RReLU):
         return "draws slopes at random"
     for name, value in vars(module).items():
@@ -152,135 +181,8 @@ def unsettled(module: nn.Module) -> str | None:
     return None
 
 
-class _Clean:
-    """The first pass: the clean point, the number of calls of the site, the output, and what a row allocates."""
-
-    def __init__(self, module: Callable[..., Any], read: ModelInputs, site: Site, resources: Resources) -> None:
-        self.module = module
-        self.read = read
-        self.site = site
-        self.asked_site = str(site)
-        self.resources = resources
-        self.stochastic = False
-        self.outputs: list[Any] = []
-        self.points: list[Point] = []
-
-    def run(self) -> None:
-        """Run the whole batch, in chunks where the user bounded them."""
-        batch = self.read.batch
-        size = self.resources.chunk or batch
-        if self.resources.budget is not None:
-            size = min(size, self._fitting())
-        start, seeded = 0, self.stochastic
-        while start < batch:
-            rows = torch.arange(start, min(batch, start + size))
-            try:
-                self._run_rows(None if len(rows) == batch else rows)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise self._explained(error) from error
-                if len(rows) == 1:
-                    raise
-                size = max(1, len(rows) // 2)
-                continue
-            if self.stochastic and not seeded:
-                # again with the draws that every later evaluation will see, so that clean values belong to them
-                self.outputs.clear()
-                self.points.clear()
-                seeded, start = True, 0
-                continue
-            start += len(rows)
-
-    def _fitting(self) -> int:
-        with PeakMeter() as meter:
-            self._run_rows(torch.tensor([0]))
-        self.outputs.clear()
-        self.points.clear()
-        return max(1, int(self.resources.budget or 0) // max(1, meter.peak))
-
-    def _run_rows(self, rows: Tensor | None) -> None:
-        args, kwargs = self.read.rows(rows, {})
-        seeded = self.stochastic
-        meter = AllocationMeter() if self.resources.row_bytes is None else nullcontext()
-        with torch.no_grad(), kept_random_state(0) if seeded else random_state_lock, ExitStack() as stack:
-            states = [] if seeded else _random_states()
-            found: Any = None
-            if self.site.kind == "embeddings":
-                assert isinstance(self.module, nn.Module)
-                found = stack.enter_context(find_embeddings(self.module, self.read))
-            elif self.site.kind == "module":
-                assert isinstance(self.module, nn.Module)
-                # every call is read, so that an error can say how many there were
-                every = dataclasses.replace(self.site, call=None)
-                found = stack.enter_context(capture(self.module, [every]))[every]
-            stack.enter_context(meter)
-            try:
-                output = self.module(*args, **kwargs)
-            finally:
-                # other threads may draw too, so the state counts only where this forward was seen to draw
-                if not seeded and isinstance(meter, AllocationMeter) and meter.draws:
-                    self.stochastic = _restored(states)
-        if isinstance(meter, AllocationMeter):
-            self.resources.row_bytes = meter.bytes // (self.read.batch if rows is None else len(rows))
-        if self.site.kind == "embeddings":
-            self.site, point = found.resolve()
-            self.points.append(point)
-        elif self.site.kind == "module":
-            self.points.append(self._captured(found))
-        self.outputs.append(output)
-
-    def _captured(self, values: list[Tensor]) -> Tensor:
-        path = self.site.path
-        if self.site.call is None and len(values) > 1:
-            choices = ", ".join(f'"{path}@{call}"' for call in range(len(values)))
-            raise SiteError(f'"{path}" ran {len(values)} times in one forward pass. Choose one call: {choices}.')
-        if not values:
-            raise SiteError(f'"{self.site}" never ran in this forward pass. Choose a module that the forward uses.')
-        if self.site.call is not None and self.site.call >= len(values):
-            raise SiteError(f'"{path}" ran {len(values)} times; calls are counted from 0, so "{self.site}" does not exist.')
-        value = values[self.site.call or 0]
-        if not value.is_floating_point() and not value.is_complex():
-            raise SiteError(f'the value at "{self.site}" is {value.dtype}; only floating values can be explained.')
-        return value
-
-    def point(self) -> Point:
-        if self.site.kind == "input":
-            names = (self.site.leaf,) if self.site.leaf else self.read.explained
-            found: dict[str, Tensor] = {str(name): self.read.leaf[str(name)].detach().clone() for name in names}
-            return found if len(found) > 1 else next(iter(found.values()))
-        if len(self.points) == 1:
-            return self.points[0]
-        return map_leaves(lambda *parts: torch.cat(parts), *self.points)
-
-    def _explained(self, error: RuntimeError | MemoryError) -> Exception:
-        """An input of the wrong dtype or device said in the user's words; other errors as they are."""
-        if not isinstance(self.module, nn.Module):
-            return error
-        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        if parameter is not None and not self.read.explained and re.search(r"\bd?type\b", str(error)):
-            name, leaf = next(iter(self.read.leaf.items()))
-            return InputError(
-                f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward failed: '
-                f"{error}. If it holds numbers rather than token ids, convert it: x.to({parameter.dtype})."
-            )
-        for name in self.read.explained if parameter is not None else ():
-            leaf = self.read.leaf[name]
-            assert parameter is not None
-            if leaf.dtype != parameter.dtype:
-                return InputError(
-                    f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward failed: '
-                    f"{error}. Convert one of them, for example x.to({parameter.dtype})."
-                )
-            if leaf.device != parameter.device:
-                return InputError(
-                    f'input "{name}" is on {leaf.device}, the model on {parameter.device}. '
-                    f'Move the input: x.to("{parameter.device}").'
-                )
-        return error
-
-
 def _problem(
-    clean: _Clean, targets: Sequence[Any], context: TargetContext, resources: Resources, notes: list[str]
+    clean: CleanPass, targets: Sequence[Any], context: TargetContext, resources: Resources, notes: list[str]
 ) -> Problem:
     read, point = clean.read, clean.point()
     posed = PosedModel(
@@ -294,7 +196,9 @@ def _problem(
         stochastic=clean.stochastic,
         asked_site=clean.asked_site,
         token_site=_is_token_site(clean),
-        tokenizer=next((found for target in targets if (found := getattr(target, "tokenizer", None)) is not None), None),
+        tokenizer=next(
+            (found for target in targets if (found := getattr(target, "tokenizer", None)) is not None), None
+        ),
     )
     examples = torch.arange(read.batch)
     continued = [continuations(target, read.batch) for target in targets]
@@ -306,7 +210,7 @@ def _problem(
         with torch.inference_mode(False), torch.no_grad():
             output = posed.output(point, examples)
     else:
-        output = _concatenated(clean.outputs)
+        output = concatenated(clean.outputs)
     posed.targets = tuple(resolve(target, output, context) for target in targets)
     count = len(posed.targets)
     with torch.inference_mode(False), torch.no_grad():
@@ -323,11 +227,13 @@ def _problem(
     for text in notes:
         problem.note(text)
     if clean.stochastic:
-        problem.note("the forward draws random numbers: every evaluation uses the same draws, fixed by seed 0")
+        problem.note(
+            "the forward draws random numbers: every evaluation uses the same draws, fixed by seed 0"
+        )
     return problem
 
 
-def _is_token_site(clean: _Clean) -> bool:
+def _is_token_site(clean: CleanPass) -> bool:
     """Whether the point is a sequence of token embeddings, so that text baselines make sense."""
     if clean.asked_site == "embeddings":
         return True
@@ -354,46 +260,3 @@ def _finite(scores: Tensor) -> Tensor:
             "Check the model in its present dtype, or the target."
         )
     return scores.detach()
-
-
-def _concatenated(outputs: Sequence[Any]) -> Any:
-    """Outputs of several chunks of the batch as one: tensors joined along the batch, the rest from the first."""
-    first = outputs[0]
-    if len(outputs) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(list(outputs)) if first.dim() else first
-    if hasattr(first, "items"):
-        joined = copy.copy(first)
-        for key in list(first.keys()):
-            joined[key] = _concatenated([output[key] for output in outputs])
-        return joined
-    if isinstance(first, list) and first and not isinstance(first[0], Tensor):
-        return [entry for output in outputs for entry in output]
-    if isinstance(first, (list, tuple)):
-        parts = [_concatenated([output[index] for output in outputs]) for index in range(len(first))]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    if any(isinstance(part, Tensor) for part in getattr(first, "__dict__", {}).values()):
-        joined = copy.copy(first)
-        for name in vars(first):
-            object.__setattr__(joined, name, _concatenated([vars(output)[name] for output in outputs]))
-        return joined
-    return first
-
-
-def _random_states() -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def _restored(states: list[Tensor]) -> bool:
-    """Whether the forward drew from the global generators; if so they are put back."""
-    after = _random_states()
-    if all(torch.equal(before, now) for before, now in zip(states, after, strict=False)):
-        return False
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
-    return True

@@ -87,7 +87,9 @@ class PosedModel:
         output = self.output(z, examples)
         if len(self.targets) == 1:
             return self.score_of(0, output, examples)
-        every = torch.stack([self.score_of(number, output, examples) for number in range(len(self.targets))], 1)
+        every = torch.stack(
+            [self.score_of(number, output, examples) for number in range(len(self.targets))], 1
+        )
         return every[place.to(every.device)].gather(1, asked.to(every.device)[:, None])[:, 0]
 
     def score_of(self, number: int, output: Any, examples: Tensor) -> Tensor:
@@ -115,7 +117,9 @@ class PosedModel:
         unique = map_leaves(lambda leaf: leaf[first.to(leaf.device)].detach().clone().requires_grad_(), z)
         held = self.held(unique, examples[first])
         output = self.output(held, examples[first])
-        scores = torch.empty(len(examples), dtype=torch.float64 if leaves(z)[0].device.type != "mps" else torch.float32)
+        scores = torch.empty(
+            len(examples), dtype=torch.float64 if leaves(z)[0].device.type != "mps" else torch.float32
+        )
         gradient = map_leaves(torch.empty_like, z)
         numbers = asked.unique().tolist()
         for number in numbers:
@@ -135,7 +139,9 @@ class PosedModel:
         if self.site.kind == "input":
             replaced = z if isinstance(z, dict) else {self.leaf_names[0]: z}
             # cloned so that an in-place first operation does not meet a leaf
-            args, kwargs = variant.inputs.rows(examples, {name: leaf.clone() for name, leaf in replaced.items()})
+            args, kwargs = variant.inputs.rows(
+                examples, {name: leaf.clone() for name, leaf in replaced.items()}
+            )
             return self._run(args, kwargs)
         assert isinstance(z, Tensor)
         value = z
@@ -147,7 +153,9 @@ class PosedModel:
             if variant.kept is None:
                 return value.to(current.dtype).clone()
             kept = variant.kept.to(current.device).index_select(0, examples.to(current.device))
-            padded = torch.cat([value, value.new_zeros(len(value), kept.shape[1] - value.shape[1], *value.shape[2:])], 1)
+            padded = torch.cat(
+                [value, value.new_zeros(len(value), kept.shape[1] - value.shape[1], *value.shape[2:])], 1
+            )
             return torch.where(kept.reshape(*kept.shape, *[1] * (current.dim() - 2)), padded, current)
 
         args, kwargs = variant.inputs.rows(examples, {})
@@ -179,7 +187,9 @@ def _gradient(scores: Tensor, variables: Point, site: Site, keep: bool = False) 
             f'the score does not depend on "{site}": no path leads from there to the target. '
             "Choose a site before the target, or another target."
         )
-    parts = iter(torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, inputs, strict=True))
+    parts = iter(
+        torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, inputs, strict=True)
+    )
     return map_leaves(lambda leaf: next(parts), variables)
 
 
@@ -205,7 +215,11 @@ def gradients_enabled() -> Iterator[None]:
 @contextmanager
 def kept_random_state(seed: int | None = None) -> Iterator[None]:
     """The global random state of every device in use is afterwards as before; seeded inside if a seed is given."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (
+        list(range(torch.cuda.device_count()))
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else []
+    )
     with random_state_lock, torch.random.fork_rng(devices):
         if seed is not None:
             torch.manual_seed(seed)

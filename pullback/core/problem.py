@@ -87,7 +87,9 @@ class Problem:
     def at(self, z: Point) -> Problem:
         """The problem with its point moved to z (same shape), for example by noise or a patch."""
         self._require_shape(z, self.batch)
-        return replace(self, point=map_leaves(torch.Tensor.detach, z), known_score=None, diagnostics={}, memo=None)
+        return replace(
+            self, point=map_leaves(torch.Tensor.detach, z), known_score=None, diagnostics={}, memo=None
+        )
 
     def rows(self, index: Tensor, z: Point | None = None) -> Problem:
         """A problem whose examples are the given rows of this one, repeated or left out, at their points or at z."""
@@ -210,7 +212,9 @@ class Problem:
 
     def _pieces(self, z: Point, rows: int) -> list[tuple[Point, Tensor]]:
         index = torch.arange(rows) % self.batch
-        size = rows if rows <= len(self.posed.targets) and self.resources.budget is None else self.chunk_rows()
+        size = (
+            rows if rows <= len(self.posed.targets) and self.resources.budget is None else self.chunk_rows()
+        )
         parts = index.split(size)
         starts = torch.arange(rows).split(size)
         return [(take_slice(z, start), part) for start, part in zip(starts, parts, strict=True)]
@@ -281,7 +285,11 @@ class Problem:
         given, wanted = leaves(z), leaves(self.point)
         count = len(given[0]) if given and given[0].dim() else 0
         right = rows == count if rows is not None else count > 0 and count % self.batch == 0
-        if not right or len(given) != len(wanted) or any(a.shape[1:] != b.shape[1:] for a, b in zip(given, wanted, strict=True)):
+        if (
+            not right
+            or len(given) != len(wanted)
+            or any(a.shape[1:] != b.shape[1:] for a, b in zip(given, wanted, strict=True))
+        ):
             shapes = [tuple(leaf.shape) for leaf in given]
             raise InputError(
                 f"a value at the site {self.site!r} has shape {[tuple(leaf.shape) for leaf in wanted]} "

@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import InputError
 from .inputs import nested_tensors
 
-__all__ = ["AllocationMeter", "PeakMeter", "Resources", "is_out_of_memory", "parse_bytes"]
+__all__ = [
+    "AllocationMeter",
+    "PeakMeter",
+    "Resources",
+    "SharedWriteError",
+    "is_out_of_memory",
+    "parse_bytes",
+    "storages",
+]
 
 # A CPU works fastest while the activations of a chunk stay near its caches; measured in benchmarks/chunks.py.
 CPU_WORKING_SET = 48 * 2**20
@@ -47,7 +55,9 @@ def parse_bytes(text: int | float | str) -> int:
     else:
         amount = float(text)
     if not amount >= 1:
-        raise InputError(f'memory_budget is a number of bytes or text such as "4GB" or "512MiB", got {text!r}.')
+        raise InputError(
+            f'memory_budget is a number of bytes or text such as "4GB" or "512MiB", got {text!r}.'
+        )
     return int(amount)
 
 
@@ -61,26 +71,51 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class AllocationMeter(TorchDispatchMode):
-    """Adds up the bytes of every storage that operations create: an upper bound of what a backward could keep.
+class SharedWriteError(Exception):
+    """A forward is about to write into storage that belongs to the user's model; nothing was written yet."""
 
-    ``draws`` says whether any of them used a random generator.
+
+class AllocationMeter(TorchDispatchMode):
+    """Watches one forward pass: what it allocates, whether it draws random numbers, whether it writes into the model.
+
+    ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws`` says
+    whether any used a random generator. A write into a storage of ``protected`` raises SharedWriteError before it happens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, protected: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.bytes = 0
         self.draws = False
-        self._seen: set[int] = set()
+        self.protected = protected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.draws = self.draws or _draws(func, args, kwargs or {})
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.draws = self.draws or _draws(func, args, kwargs)
+        given = {_pointer(tensor) for tensor in nested_tensors((args, kwargs))}
+        if self.protected and func._schema.is_mutable and not self.protected.isdisjoint(given):
+            self._require_private(func, args, kwargs)
+        output = func(*args, **kwargs)
         for tensor in (output,) if isinstance(output, Tensor) else nested_tensors(output):
-            if tensor.layout is torch.strided and tensor.data_ptr() not in self._seen:
-                self._seen.add(tensor.data_ptr())
+            if _strided(tensor) and _pointer(tensor) not in given:
                 self.bytes += tensor.numel() * tensor.element_size()
         return output
+
+    def _require_private(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[number] if number < len(args) else kwargs.get(argument.name)
+                if any(_pointer(tensor) in self.protected for tensor in nested_tensors(value)):
+                    raise SharedWriteError(f"{func} writes into a parameter or buffer")
+
+
+def storages(module: torch.nn.Module) -> frozenset[int]:
+    """Addresses of the storages of all parameters and buffers."""
+    found = (*module.parameters(), *module.buffers())
+    return frozenset(_pointer(tensor) for tensor in found) - {0}
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if _strided(tensor) and tensor.device.type != "meta" else 0
 
 
 class PeakMeter(TorchDispatchMode):
@@ -93,7 +128,9 @@ class PeakMeter(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known_before = [tensor.untyped_storage() for tensor in nested_tensors((args, kwargs or {})) if _strided(tensor)]
+        known_before = [
+            tensor.untyped_storage() for tensor in nested_tensors((args, kwargs or {})) if _strided(tensor)
+        ]
         output = func(*args, **(kwargs or {}))
         for tensor in nested_tensors(output):
             if not _strided(tensor):
@@ -137,8 +174,12 @@ class Resources:
         halved: how often memory ran out and the chunk was halved.
     """
 
-    def __init__(self, chunk: int | str | None = "auto", memory_budget: int | float | str | None = None) -> None:
-        if chunk not in ("auto", None) and (isinstance(chunk, (str, bool)) or int(chunk) != chunk or chunk < 1):
+    def __init__(
+        self, chunk: int | str | None = "auto", memory_budget: int | float | str | None = None
+    ) -> None:
+        if chunk not in ("auto", None) and (
+            isinstance(chunk, (str, bool)) or int(chunk) != chunk or chunk < 1
+        ):
             raise InputError(f'chunk is "auto" or a number of rows, at least 1; got {chunk!r}.')
         self.chunk = None if chunk in ("auto", None) else int(chunk)  # type: ignore[arg-type]
         self.budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -152,7 +193,9 @@ class Resources:
         """The chunk in use, or None where none was needed yet."""
         return self._chosen
 
-    def rows(self, device: torch.device, probe: Callable[[int], int], point_bytes: int = 0, held: int = 0) -> int:
+    def rows(
+        self, device: torch.device, probe: Callable[[int], int], point_bytes: int = 0, held: int = 0
+    ) -> int:
         """How many rows to evaluate at once.
 
         Args:

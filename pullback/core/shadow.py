@@ -36,10 +36,10 @@ class Shadow(NamedTuple):
     scripted: bool
 
 
-def shadow(model: nn.Module, *, private_buffers: bool = False) -> Shadow:
+def shadow(model: nn.Module, *, private: bool = False) -> Shadow:
     """A shadow of ``model``: new module objects over the same storage, parameters as constants.
 
-    ``private_buffers`` copies buffers and tensor attributes (once), for a forward pass that writes into them.
+    ``private`` copies parameters, buffers and tensor attributes, for a forward pass that writes into them.
     ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` are unwrapped wherever they occur;
     TorchScript modules are kept as they are (``scripted``). Recurrent modules on CUDA in eval mode run with
     ``training=True, dropout=0.0``, because cuDNN differentiates them only so; values are the same.
@@ -56,7 +56,7 @@ def shadow(model: nn.Module, *, private_buffers: bool = False) -> Shadow:
             "Wrap a plain function in a small module whose forward calls it."
         )
     with torch.inference_mode(False):  # autograd could not save tensors made in the caller's inference mode
-        graph = _ObjectGraph(private_buffers)
+        graph = _ObjectGraph(private)
         graph.explore(model)
         graph.spread()
         module = graph.build(model)
@@ -69,7 +69,7 @@ class _Reach(enum.IntEnum):
     HOOK = 0  # from a hook: modules and parameters are replaced, the user's containers are not looked into
     HELD = 1  # from a function, partial or method: copied only where it leads to something replaced
     OBJECT = 2  # inside a plain object that a module owns: copied
-    ATTRIBUTE = 3  # on a module, or in containers there: copied; with private buffers, tensors too
+    ATTRIBUTE = 3  # on a module, or in containers there: copied; tensors too where they are private
 
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.Size})
@@ -89,8 +89,8 @@ _LRU = type(functools.lru_cache(lambda: None))
 class _ObjectGraph:
     """The objects reachable from a model, which of them must be replaced, and their replacements."""
 
-    def __init__(self, private_buffers: bool) -> None:
-        self.private_buffers = private_buffers
+    def __init__(self, private: bool) -> None:
+        self.private = private
         self.notes: list[str] = []
         self.scripted = False
         self.reached: dict[int, _Reach] = {}
@@ -196,9 +196,9 @@ class _ObjectGraph:
         if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
             raise ModelError(f"'{path}' is a DTensor; {_GATHER}")
         if isinstance(tensor, nn.Parameter):
-            if key not in self.new and (tensor.requires_grad or tensor.is_inference()):
-                self.replace(tensor, _constant(tensor))
-        elif self.private_buffers and reach == _Reach.ATTRIBUTE:
+            if key not in self.new and (self.private or tensor.requires_grad or tensor.is_inference()):
+                self.replace(tensor, _constant(tensor, self.private))
+        elif self.private and reach == _Reach.ATTRIBUTE:
             if key not in self.cloned:
                 self.cloned.add(key)
                 self.replace(tensor, tensor.detach().clone())
@@ -376,9 +376,9 @@ class _ObjectGraph:
             (list.extend if isinstance(old, list) else set.update)(new, map(self.replacement, items))
 
 
-def _constant(parameter: nn.Parameter) -> Tensor:
-    """A parameter of the same class over the same storage that does not require grad."""
-    alias = _alias(parameter)
+def _constant(parameter: nn.Parameter, private: bool = False) -> Tensor:
+    """A parameter of the same class over the same storage (or a copy) that does not require grad."""
+    alias = parameter.detach().clone() if private else _alias(parameter)
     if type(alias) is type(parameter) or type(parameter) is nn.Parameter:
         constant: Tensor = nn.Parameter(alias, requires_grad=False)
     else:

@@ -18,7 +18,9 @@ from .inputs import nested_tensors
 
 __all__ = ["Site", "sites"]
 
-_PATTERN = re.compile(r"(?P<path>[^@:]*)(?:@(?P<call>\d+))?(?::(?P<side>input|output)(?:\.(?P<leaf>[\w.]+))?)?")
+_PATTERN = re.compile(
+    r"(?P<path>[^@:]*)(?:@(?P<call>\d+))?(?::(?P<side>input|output)(?:\.(?P<leaf>[\w.]+))?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Site:
                 '"layer4.1:input" for what goes into it, "block@2" for one call.'
             )
         call = match["call"]
-        return cls("module", match["path"], int(call) if call else None, match["side"] or "output", match["leaf"])
+        return cls(
+            "module", match["path"], int(call) if call else None, match["side"] or "output", match["leaf"]
+        )
 
     def __str__(self) -> str:
         if self.kind == "input":

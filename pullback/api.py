@@ -19,6 +19,7 @@ from .core.problem import Problem
 from .core.targets import continuations
 from .core.text_targets import LogProb
 from .labels import token_labels
+from .pipelines import opened
 from .result import Attribution
 from .version import __version__
 
@@ -41,8 +42,9 @@ def explain(
     """Attribute a model's score to its input, or to any site inside it.
 
     Args:
-        model: any ``nn.Module`` or callable; it is left exactly as it was.
-        inputs: a tensor (B, ...), a tuple of positional arguments, or a dict of keyword arguments.
+        model: any ``nn.Module``, callable or transformers pipeline; it is left exactly as it was.
+        inputs: a tensor (B, ...), a tuple of positional arguments, or a dict of keyword arguments; for a pipeline also
+            a text, a picture, or a list of them.
         target: the score: a class index, one per example, a label's text, a preset such as ``Contrast``, or a function
             ``output -> (B,)``; None is the predicted class, fixed on these inputs. See docs/concepts/targets.md.
         method: a method object, its text, or "auto": integrated gradients to a tolerance of 5 %.
@@ -66,10 +68,17 @@ def explain(
     """
     chosen = as_method(method, baseline=baseline, seed=seed)
     began = time.perf_counter()
+    call = opened(model, inputs)
     problem = pose(
-        model, inputs, target=target, site=site, chunk=chunk, memory_budget=memory_budget, allow_train=allow_train
+        call.model,
+        call.inputs,
+        target=call.target(target),
+        site=site,
+        chunk=chunk,
+        memory_budget=memory_budget,
+        allow_train=allow_train,
     )
-    return attribute(problem, chosen, model, inputs, began)
+    return attribute(call.named(problem), chosen, call.model, call.inputs, began)
 
 
 def compare(
@@ -99,15 +108,25 @@ def compare(
         ['g', 'ig']
     """
     named = methods if isinstance(methods, Mapping) else {str(each): each for each in methods}
-    chosen = {name: as_method(each, baseline=baseline, seed=seed, lenient=True) for name, each in named.items()}
+    chosen = {
+        name: as_method(each, baseline=baseline, seed=seed, lenient=True) for name, each in named.items()
+    }
+    call = opened(model, inputs)
     problem = pose(
-        model, inputs, target=target, site=site, chunk=chunk, memory_budget=memory_budget, allow_train=allow_train
+        call.model,
+        call.inputs,
+        target=call.target(target),
+        site=site,
+        chunk=chunk,
+        memory_budget=memory_budget,
+        allow_train=allow_train,
     )
+    call.named(problem)
     memo: dict[Any, Any] = {}
     results = {}
     for name, each in chosen.items():
         began = time.perf_counter()
-        results[name] = attribute(problem.fresh(memo), each, model, inputs, began)
+        results[name] = attribute(problem.fresh(memo), each, call.model, call.inputs, began)
     return results
 
 
@@ -140,20 +159,34 @@ def explain_targets(
     if isinstance(targets, (str, bytes)) or len(targets) == 0:
         raise TargetError("targets is a sequence of at least one target, for example [0, 1, 2].")
     chosen = as_method(method, baseline=baseline, seed=seed)
+    call = opened(model, inputs)
+    targets = [call.target(target) for target in targets]
     if any(continuations(target, 1) is not None for target in targets):
         # each whole-string target has a forward of its own, so there is nothing to share
         return [
             explain(
-                model, inputs, target=target, method=chosen, site=site, chunk=chunk, memory_budget=memory_budget,
+                model,
+                inputs,
+                target=target,
+                method=chosen,
+                site=site,
+                chunk=chunk,
+                memory_budget=memory_budget,
                 allow_train=allow_train,
             )
             for target in targets
         ]
     began = time.perf_counter()
     problem = pose_targets(
-        model, inputs, targets, site=site, chunk=chunk, memory_budget=memory_budget, allow_train=allow_train
+        call.model,
+        call.inputs,
+        targets,
+        site=site,
+        chunk=chunk,
+        memory_budget=memory_budget,
+        allow_train=allow_train,
     )
-    whole = attribute(problem, chosen, model, inputs, began)
+    whole = attribute(call.named(problem), chosen, call.model, call.inputs, began)
     count = len(targets)
     return [whole[torch.arange(number, len(whole), count)] for number in range(count)]
 
@@ -177,8 +210,8 @@ def explain_generation(
     tokens receive attribution like the prompt's, later ones none.
 
     Args:
-        model: a causal language model.
-        inputs: the prompt, one example: the tokenizer's output, or a (1, T) tensor of ids.
+        model: a causal language model, or a text-generation pipeline.
+        inputs: the prompt, one example: the tokenizer's output, or a (1, T) tensor of ids; text for a pipeline.
         generated: what was generated: token ids, or text with ``tokenizer``.
         tokenizer: needed for text; also labels the tokens.
 
@@ -190,19 +223,25 @@ def explain_generation(
 
     Cost: one shared forward and one backward per output token and step.
     """
+    call = opened(model, inputs)
+    tokenizer = call.tokenizer if tokenizer is None else tokenizer
     ids = generated_ids(generated, tokenizer)
-    longer, length = with_appended(inputs, ids[:-1])
-    targets = [LogProb(token, tokenizer=tokenizer, position=length - 1 + number) for number, token in enumerate(ids)]
+    longer, length = with_appended(call.inputs, ids[:-1])
+    targets = [
+        LogProb(token, tokenizer=tokenizer, position=length - 1 + number) for number, token in enumerate(ids)
+    ]
     began = time.perf_counter()
-    problem = pose_targets(model, longer, targets, site=site, chunk=chunk, memory_budget=memory_budget)
-    return attribute(problem, as_method(method, baseline=baseline, seed=seed), model, longer, began)
+    problem = pose_targets(call.model, longer, targets, site=site, chunk=chunk, memory_budget=memory_budget)
+    return attribute(problem, as_method(method, baseline=baseline, seed=seed), call.model, longer, began)
 
 
 def generated_ids(generated: Any, tokenizer: Any) -> list[int]:
     """Token ids of a generated text. Raises TargetError when there are none."""
     if isinstance(generated, str):
         if tokenizer is None:
-            raise TargetError("generated text needs its tokenizer: explain_generation(..., tokenizer=tokenizer).")
+            raise TargetError(
+                "generated text needs its tokenizer: explain_generation(..., tokenizer=tokenizer)."
+            )
         generated = tokenizer.encode(generated, add_special_tokens=False)
     ids = [int(token) for token in torch.as_tensor(generated).flatten()]
     if not ids:
@@ -215,10 +254,14 @@ def with_appended(inputs: Any, ids: Sequence[int]) -> tuple[Any, int]:
     given = dict(inputs.items()) if isinstance(inputs, Mapping) else {"input_ids": inputs}
     tokens = given.get("input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) != 1:
-        raise InputError("explain_generation takes one prompt: token ids of shape (1, T), or the tokenizer's output for it.")
+        raise InputError(
+            "explain_generation takes one prompt: token ids (1, T), or the tokenizer's output for it."
+        )
     more = torch.tensor([list(ids)], dtype=tokens.dtype, device=tokens.device)
     longer = {name: value for name, value in given.items() if name in ("input_ids", "attention_mask")}
-    longer |= {name: value for name, value in given.items() if name not in longer and name != "token_type_ids"}
+    longer |= {
+        name: value for name, value in given.items() if name not in longer and name != "token_type_ids"
+    }
     longer["input_ids"] = torch.cat([tokens, more], 1)
     if "attention_mask" in given:
         longer["attention_mask"] = torch.cat([given["attention_mask"], torch.ones_like(more)], 1)
@@ -230,7 +273,9 @@ def as_method(method: Any, *, baseline: Any = None, seed: int | None = None, len
     if isinstance(method, str):
         method = IntegratedGradients(tol=0.05) if method.strip().lower() == "auto" else parse_method(method)
     if isinstance(method, type) or not callable(method):
-        raise MethodError(f"a method is an object such as IntegratedGradients(), its text, or \"auto\"; got {method!r}.")
+        raise MethodError(
+            f'a method is an object such as IntegratedGradients(), its text, or "auto"; got {method!r}.'
+        )
     if isinstance(baseline, str):
         baseline = parse_baseline(baseline)
     elif isinstance(baseline, (Tensor, int, float)):
@@ -248,7 +293,9 @@ def attribute(problem: Problem, method: Any, model: Any, inputs: Any, began: flo
     values = method(problem)
     require_values(values, problem, method)
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves(values)):
-        problem.note("some values are NaN or infinite: the gradient does not exist there, or overflowed in this dtype")
+        problem.note(
+            "some values are NaN or infinite: the gradient does not exist there, or overflowed in this dtype"
+        )
     diagnostics = {
         "gap": None,
         "converged": None,
@@ -288,9 +335,13 @@ def attribute(problem: Problem, method: Any, model: Any, inputs: Any, began: flo
 def require_values(values: Point, problem: Problem, method: Any) -> None:
     """A method gives one row per example. Raises MethodError."""
     found = leaves(values) if isinstance(values, (Tensor, dict)) else []
-    if not found or any(not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != problem.batch for leaf in found):
+    if not found or any(
+        not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != problem.batch for leaf in found
+    ):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise MethodError(f"{method!r} gave {given}; a method gives a tensor with one row for each of the {problem.batch} examples.")
+        raise MethodError(
+            f"{method!r} gave {given}; a method gives one row for each of the {problem.batch} examples."
+        )
 
 
 def domain_of(method: Any) -> Any:

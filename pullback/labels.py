@@ -15,7 +15,13 @@ def token_labels(problem: Problem, inputs: Any) -> list[list[str]] | None:
     """One list of tokens per row at token sites, else None: from a BatchEncoding, the target's tokenizer, or as ids."""
     ids = problem.posed.inputs.tokens
     point = problem.point
-    if ids is None or not isinstance(point, Tensor) or point.dim() < 2 or ids.dim() != 2 or point.shape[1] != ids.shape[1]:
+    if (
+        ids is None
+        or not isinstance(point, Tensor)
+        or point.dim() < 2
+        or ids.dim() != 2
+        or point.shape[1] != ids.shape[1]
+    ):
         return None
     every = [_tokens(row, number, inputs, problem.posed.tokenizer) for number, row in enumerate(ids)]
     return [every[example] for example in problem.examples.tolist()]

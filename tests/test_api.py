@@ -90,8 +90,8 @@ def test_compare_equals_separate_explains_and_shares_sweeps() -> None:
     net, counter = counted()
     x = images(3)
     methods = {
-        "g": pb.Gradient(), "ixg": pb.InputXGradient(), "mean": pb.SmoothGrad(samples=6), "var": pb.VarGrad(samples=6),  # noqa: E501
-        "square": pb.SmoothGrad(samples=6, moment="square"), "ig": pb.IntegratedGradients(steps=5), "text": "ig(steps=5)",  # noqa: E501
+        "g": pb.Gradient(), "ixg": pb.InputXGradient(), "mean": pb.SmoothGrad(samples=6), "var": pb.VarGrad(samples=6),
+        "square": pb.SmoothGrad(samples=6, moment="square"), "ig": pb.IntegratedGradients(steps=5), "text": "ig(steps=5)",
     }  # fmt: skip
     together = pb.compare(net, x, methods, target=1)
     shared = counter.rows
@@ -100,7 +100,7 @@ def test_compare_equals_separate_explains_and_shares_sweeps() -> None:
         alone = pb.explain(net, x, target=1, method=method)
         assert torch.equal(values(together[name]), values(alone)), name
         assert together[name].method == alone.method
-    # one clean pass, one gradient, one sweep of 6, one path of 5, a baseline for each of two completeness gaps  # noqa: E501
+    # one clean pass, one gradient, one sweep of 6, one path of 5, a baseline for each of two completeness gaps
     assert shared <= 3 * (1 + 1 + 6 + 5 + 2)
 
 
@@ -109,7 +109,7 @@ def test_compare_takes_a_sequence_and_settings_where_they_fit() -> None:
     found = pb.compare(net, x, ["gradient", pb.SmoothGrad(samples=3)], target=1, seed=5)
     assert list(found) == [
         "gradient",
-        "SmoothGrad(method=Gradient(), samples=3, noise=0.15, seed=0, moment='mean', antithetic=False, independent=False)",  # noqa: E501
+        "SmoothGrad(method=Gradient(), samples=3, noise=0.15, seed=0, moment='mean', antithetic=False, independent=False)",
     ]
     assert "seed=5" in list(found.values())[1].method
 

@@ -28,7 +28,7 @@ HEAVY = (
 # from the top down; the same number may import one another
 LEVELS = {
     "cli": 0, "__main__": 0, "commands": 0, "demo": 0, "demo_report": 0, "doctor": 0, "": 1, "api": 2,
-    "steering": 3, "evaluation": 3, "testing": 3, "attribution": 4, "labels": 5, "result": 5, "inspection": 5,
+    "steering": 3, "evaluation": 3, "testing": 3, "attribution": 4, "labels": 5, "pipelines": 5, "result": 5, "inspection": 5,
     "storage": 6, "version": 6, "core": 7,
 }  # fmt: skip
 LEAVES = ("viz", "datasets")

@@ -1,5 +1,7 @@
-"""Attribution engines. ``METHODS`` is the registry: the class of each method by its name; adding a line here adds it
-to the command line, the conformance suite and the tables of the documentation."""
+"""Attribution engines. ``METHODS`` is the registry: the class of each method by its name.
+
+A line added there adds a method to the command line, the conformance suite and the tables of the documentation.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .as_captum import as_captum as as_captum
-from .baselines import Blur, Constant, Dataset, Given, Mean, MeanEmbedding, TokenEmbedding, Uniform, Zeros
+from .as_captum import as_captum
+from .baselines import (
+    Blur,
+    ChannelMean,
+    Constant,
+    Dataset,
+    Given,
+    MeanEmbedding,
+    TokenEmbedding,
+    Uniform,
+    Zeros,
+)
 from .cam import GradCAM, LayerCAM
 from .captum_adapter import Captum
 from .controls import EdgeDetector, RandomAttribution
@@ -17,6 +29,34 @@ from .expected_gradients import ExpectedGradients
 from .gradient import Gradient, InputXGradient
 from .integrated_gradients import IntegratedGradients
 from .smoothing import SmoothGrad, VarGrad
+
+__all__ = [
+    "ALIASES",
+    "BASELINES",
+    "METHODS",
+    "Blur",
+    "Captum",
+    "ChannelMean",
+    "Constant",
+    "Dataset",
+    "EdgeDetector",
+    "ExpectedGradients",
+    "Given",
+    "GradCAM",
+    "Gradient",
+    "InDomain",
+    "InputXGradient",
+    "IntegratedGradients",
+    "LayerCAM",
+    "MeanEmbedding",
+    "RandomAttribution",
+    "SmoothGrad",
+    "TokenEmbedding",
+    "Uniform",
+    "VarGrad",
+    "Zeros",
+    "as_captum",
+]
 
 METHODS: Mapping[str, type[Any]] = MappingProxyType(
     {
@@ -41,7 +81,17 @@ METHODS: Mapping[str, type[Any]] = MappingProxyType(
 BASELINES: Mapping[str, type[Any]] = MappingProxyType(
     {
         cls.__name__: cls
-        for cls in (Zeros, Constant, Mean, Blur, Given, Uniform, Dataset, MeanEmbedding, TokenEmbedding)
+        for cls in (
+            Zeros,
+            Constant,
+            ChannelMean,
+            Blur,
+            Given,
+            Uniform,
+            Dataset,
+            MeanEmbedding,
+            TokenEmbedding,
+        )
     }
 )
 
@@ -50,6 +100,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "saliency": "Gradient",
         "ixg": "InputXGradient",
         "ig": "IntegratedGradients",
+        "mean": "ChannelMean",
         "random": "RandomAttribution",
         "edges": "EdgeDetector",
         "mask": 'TokenEmbedding("mask")',

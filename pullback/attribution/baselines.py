@@ -7,6 +7,7 @@ no text at all to a pre-norm language model and gives noise at any number of ste
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol, cast
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 
 from ..core import noise
 from ..core.errors import InputError, MethodError
-from ..core.points import Point, expand_like, map_leaves
+from ..core.points import Point, expand_like, map_leaves, widest
 from ..core.problem import Problem
 
 __all__ = [
     "Baseline",
     "Blur",
+    "ChannelMean",
     "Constant",
     "Dataset",
     "Given",
-    "Mean",
     "MeanEmbedding",
     "TokenEmbedding",
     "Uniform",
@@ -63,8 +64,8 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Each example's own mean, per channel where there is more than one dimension (B, C, ...)."""
+class ChannelMean:
+    """Each example's own mean, per channel where there is more than one dimension (B, C, ...); spelled "mean"."""
 
     def __call__(self, problem: Problem, draw: int = 0) -> Point:
         def mean(leaf: Tensor) -> Tensor:
@@ -85,7 +86,9 @@ class Blur:
 
         def blurred(leaf: Tensor) -> Tensor:
             if leaf.dim() < 3:
-                raise MethodError(f"Blur needs (B, C, ...) values with a spatial dimension, got {tuple(leaf.shape)}.")
+                raise MethodError(
+                    f"Blur needs (B, C, ...) values with a spatial dimension, got {tuple(leaf.shape)}."
+                )
             images = leaf.detach().flatten(0, 1).double().cpu().numpy()
             smooth = gaussian(images, sigma=self.sigma, channel_axis=0, mode="nearest", preserve_range=True)
             return torch.as_tensor(smooth).reshape(leaf.shape).to(leaf)
@@ -120,7 +123,11 @@ class Given:
         return f"Given({digest(self.value)})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Given) and self.value.dtype == other.value.dtype and torch.equal(self.value, other.value)
+        return (
+            isinstance(other, Given)
+            and self.value.dtype == other.value.dtype
+            and torch.equal(self.value, other.value)
+        )
 
     def __hash__(self) -> int:
         return hash(digest(self.value))
@@ -128,7 +135,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform noise between ``low`` and ``high``; by default each example's own range. Draw k depends on the seed only."""
+    """Uniform noise between ``low`` and ``high``, by default each example's own range; draws are named by the seed."""
 
     low: float | None = None
     high: float | None = None
@@ -136,7 +143,7 @@ class Uniform:
 
     def __call__(self, problem: Problem, draw: int = 0) -> Point:
         def random(leaf: Tensor) -> Tensor:
-            flat = leaf.detach().flatten(1)
+            flat = leaf.detach().reshape(len(leaf), -1)
             low = flat.min(1).values if self.low is None else torch.full_like(flat[:, 0], self.low)
             high = flat.max(1).values if self.high is None else torch.full_like(flat[:, 0], self.high)
             unit = noise.uniform(leaf.shape[1:], self.seed, draw, "baseline").to(leaf)
@@ -164,7 +171,9 @@ class Dataset:
         return f"Dataset({digest(self.values)}, seed={self.seed})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Dataset) and self.seed == other.seed and torch.equal(self.values, other.values)
+        return (
+            isinstance(other, Dataset) and self.seed == other.seed and torch.equal(self.values, other.values)
+        )
 
     def __hash__(self) -> int:
         return hash((digest(self.values), self.seed))
@@ -176,10 +185,10 @@ class MeanEmbedding:
 
     def __call__(self, problem: Problem, draw: int = 0) -> Point:
         module = embedding_module(problem)
-        count = module.num_embeddings if isinstance(module, nn.Embedding) else len(module.weight)
+        count = len(cast(Tensor, module.weight))
         with torch.no_grad():
             # called rather than read, since some models scale inside their embedding module
-            parts = [module(ids.to(problem.device)).double().sum(0) for ids in torch.arange(count).split(8192)]
+            parts = [widest(module(ids.to(problem.device))).sum(0) for ids in torch.arange(count).split(8192)]
         mean = torch.stack(parts).sum(0) / count
         return map_leaves(lambda leaf: mean.to(leaf).expand_as(leaf).clone(), problem.point)
 
@@ -233,10 +242,13 @@ def warn_of_jump(problem: Problem, baseline: Baseline) -> None:
     near = map_leaves(lambda s, p: s + 0.01 * (p - s), start, problem.point)
     at_start, at_near, at_point = problem.score(start), problem.score(near), problem.score()
     if bool(((at_near - at_start).abs() > 0.1 * (at_point - at_start).abs()).any()):
-        problem.note(
-            f"the score jumps within the first hundredth of the path from {baseline!r}: the model normalises its embeddings, "
-            "so this baseline gives noise at any affordable number of steps. Use baseline=MeanEmbedding()"
+        text = (
+            f"the score jumps within the first hundredth of the path from {baseline!r}: the model normalises its "
+            "embeddings, so this baseline gives noise at any affordable number of steps. Use baseline=MeanEmbedding()"
         )
+        # a note is read only by those who look for it, and methods inside other methods have none of their own
+        warnings.warn(text, stacklevel=2)
+        problem.note(text)
 
 
 def special_token(problem: Problem, name: str) -> int | None:
@@ -263,5 +275,3 @@ def digest(tensor: Tensor) -> str:
     """Shape and a short hash of a tensor's content, for texts that record an experiment."""
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"'{'x'.join(map(str, tensor.shape))}:{blake2b(content, digest_size=4).hexdigest()}'"
-
-

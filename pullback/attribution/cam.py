@@ -80,7 +80,12 @@ class LayerCAM:
 def layer(problem: Problem, name: str) -> tuple[Tensor, Tensor]:
     """Activation and gradient at a layer site. Raises MethodError at the input, naming a convolution to use."""
     point = problem.point
-    if not isinstance(point, Tensor) or problem.posed.site.kind == "input" or point.dim() < 3 or problem.domains:
+    if (
+        not isinstance(point, Tensor)
+        or problem.posed.site.kind == "input"
+        or point.dim() < 3
+        or problem.domains
+    ):
         shape = tuple(point.shape) if isinstance(point, Tensor) else "several inputs"
         raise MethodError(
             f"{name} needs a layer's activations (B, C, ...), but the site {problem.site!r} is {shape}. "
@@ -93,7 +98,13 @@ def layer(problem: Problem, name: str) -> tuple[Tensor, Tensor]:
 
 def suggested_site(model: object) -> str:
     """Which site to type: the last convolution."""
-    names = [path for path, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)] if isinstance(
-        model, nn.Module
-    ) else []
-    return f'Try site="{names[-1]}".' if names else "Choose a layer with spatial dimensions (pullback.sites lists them)."
+    names = (
+        [path for path, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
+        if isinstance(model, nn.Module)
+        else []
+    )
+    return (
+        f'Try site="{names[-1]}".'
+        if names
+        else "Choose a layer with spatial dimensions (pullback.sites lists them)."
+    )

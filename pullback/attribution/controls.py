@@ -44,7 +44,9 @@ class RandomAttribution:
                 # padding neither receives attribution nor takes part in the key
                 where = slice(None) if free is None else free[number].to(leaf.device)
                 kept = row[where]
-                values[number, where] = noise.normal(kept.shape, self.seed, 0, f"random/{content(kept)}").to(values)
+                values[number, where] = noise.normal(kept.shape, self.seed, 0, f"random/{content(kept)}").to(
+                    values
+                )
             return values
 
         return map_leaves(random, problem.point)
@@ -77,7 +79,8 @@ class EdgeDetector:
         def edges(leaf: Tensor) -> Tensor:
             if leaf.dim() < 3 or leaf.is_complex():
                 raise MethodError(
-                    f"EdgeDetector needs an image (B, C, H, W) or a series (B, C, T), got {tuple(leaf.shape)} at {problem.site!r}."
+                    f"EdgeDetector needs an image (B, C, H, W) or a series (B, C, T); {problem.site!r} is "
+                    f"{tuple(leaf.shape)}."
                 )
             planes = leaf.detach().flatten(0, 1).double().cpu().numpy()
             found = torch.stack([torch.as_tensor(sobel(plane)) for plane in planes])

@@ -23,8 +23,8 @@ __all__ = ["ExpectedGradients"]
 class ExpectedGradients:
     """Integrated gradients averaged over many baselines, one random point of one random path at a time.
 
-    ``E[(x - x') ⊙ ∇f(x' + α (x - x'))]``, x' from the baseline distribution, α uniform on [0, 1]. In expectation it sums
-    to f(x) - E f(x'); the standard error of the estimate is in the diagnostics.
+    ``E[(x - x') ⊙ ∇f(x' + α (x - x'))]``, x' from the baseline distribution, α uniform on [0, 1]. In expectation it
+    sums to f(x) - E f(x'); the standard error of the estimate is in the diagnostics.
 
     Args:
         baseline: a random baseline: ``Uniform()`` or ``Dataset(values)``.
@@ -53,7 +53,9 @@ class ExpectedGradients:
             raise MethodError(f"samples is at least 1, got {self.samples}.")
 
     def __call__(self, problem: Problem) -> Point:
-        alphas = torch.cat([draws.uniform((1,), self.seed, draw, "path") for draw in range(self.samples)]).double()
+        alphas = torch.cat(
+            [draws.uniform((1,), self.seed, draw, "path") for draw in range(self.samples)]
+        ).double()
 
         def start(nodes: Tensor, index: Tensor) -> Point:
             found = {int(node): baseline_point(self.baseline, problem, int(node)) for node in nodes.unique()}
@@ -71,7 +73,9 @@ class ExpectedGradients:
             delta = map_leaves(lambda p, s: p - s, take(problem.point, index), held["start"])
             return map_leaves(contract, problem.grad_rows(z, index), delta)
 
-        moments = stream(problem, torch.ones(self.samples), place, evaluate, second=True, progress="expected gradients")
+        moments = stream(
+            problem, torch.ones(self.samples), place, evaluate, second=True, progress="expected gradients"
+        )
         mean, variance = as_points(moments)
         problem.record(standard_error=standard_error(problem, variance, self.samples))
         return like_point(mean, problem)

@@ -23,8 +23,8 @@ __all__ = ["IntegratedGradients", "path_gradient"]
 class IntegratedGradients:
     """The gradient averaged along the straight path from a baseline, times the difference.
 
-    ``IG = (x - x') ⊙ ∫₀¹ ∇f(x' + α (x - x')) dα``; it sums to f(x) - f(x') (completeness). The completeness gap is in the
-    diagnostics: a good alarm, not a measure of the map's error.
+    ``IG = (x - x') ⊙ ∫₀¹ ∇f(x' + α (x - x')) dα``; it sums to f(x) - f(x') (completeness). The completeness gap is in
+    the diagnostics: a good alarm, not a measure of the map's error.
 
     Args:
         steps: points on the path. The error falls as 1/steps² for smooth models, 1/steps for ReLU nets. Ignored when
@@ -62,7 +62,9 @@ class IntegratedGradients:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise MethodError(f"steps is a whole number, at least 1; got {self.steps!r}.")
         if self.quadrature not in QUADRATURES:
-            raise MethodError(f"quadrature {self.quadrature!r} is unknown. Choose one of {', '.join(QUADRATURES)}.")
+            raise MethodError(
+                f"quadrature {self.quadrature!r} is unknown. Choose one of {', '.join(QUADRATURES)}."
+            )
         if self.tol is not None and not 0 < self.tol < 1:
             raise MethodError(f"tol is a relative error between 0 and 1, got {self.tol!r}.")
 
@@ -93,8 +95,6 @@ def path_gradient(problem: Problem, start: Point, quadrature: str, steps: int, b
 
 
 def change_of_score(problem: Problem, start: Point) -> Tensor:
-    """f(x) - f(x'), (B,), in the accumulation dtype. Cost: one forward at the baseline."""
-    at_start = problem.score(start)
-    return problem.score().to(at_start.device) - at_start
-
-
+    """f(x) - f(x'), (B,), in the accumulation dtype, on the point's device. Cost: one forward at the baseline."""
+    # a dispatched model may give its output elsewhere than the site's value is
+    return (problem.score() - problem.score(start)).to(problem.device)

@@ -41,6 +41,8 @@ def straight_line(start: Point, stop: Point, alpha: Tensor, index: Tensor) -> Po
     """Rows start + α (stop - start), row r on the path of example ``index[r]``."""
 
     def along(first: Tensor, last: Tensor) -> Tensor:
-        return first + expand_like(alpha, first).to(last.real.dtype if last.is_complex() else last.dtype) * (last - first)
+        return first + expand_like(alpha, first).to(last.real.dtype if last.is_complex() else last.dtype) * (
+            last - first
+        )
 
     return map_leaves(along, take(start, index), take(stop, index))

@@ -13,9 +13,9 @@ from .paths import straight_line
 __all__ = ["refine"]
 
 FIRST_LEVEL = 3
-# Measured in benchmarks/convergence.py: where tripling shrinks the change to less than this, the error falls as 1/n² or
-# faster (smooth nets) and the next change predicts it; elsewhere it falls as 1/n (ReLU nets), and the error of a level is
-# 0.4 of its change on average.
+# Measured in benchmarks/convergence.py: where tripling shrinks the change to less than this, the error falls as 1/n²
+# or faster (smooth nets) and the next change predicts it; elsewhere it falls as 1/n (ReLU nets), and the error of a
+# level is 0.4 of its change on average.
 SMOOTH_RATIO = 0.18
 KINKED_SHARE = 0.4
 
@@ -29,7 +29,9 @@ def refine(problem: Problem, start: Point, delta: Point, tol: float, max_steps: 
     Records ``error`` (B,) the estimate, relative to the norm of the map, and ``converged`` (B,).
     """
     batch = problem.batch
-    result = map_leaves(lambda leaf: torch.zeros(leaf.shape, dtype=widest(leaf.real).dtype, device=leaf.device), delta)
+    result = map_leaves(
+        lambda leaf: torch.zeros(leaf.shape, dtype=widest(leaf.real).dtype, device=leaf.device), delta
+    )
     change_of_score = problem.score() - problem.score(start)
     error = torch.full((batch,), torch.inf, dtype=change_of_score.dtype)
     converged = torch.zeros(batch, dtype=torch.bool)
@@ -42,7 +44,10 @@ def refine(problem: Problem, start: Point, delta: Point, tol: float, max_steps: 
         values = map_leaves(lambda g, d: contract(g / steps, widest(d)), sums, take(delta, active))  # noqa: B023
         size = norm(values).cpu()
         if steps > FIRST_LEVEL:
-            before, change = change, relative(norm(map_leaves(torch.sub, values, take(result, active))).cpu(), size)
+            before, change = (
+                change,
+                relative(norm(map_leaves(torch.sub, values, take(result, active))).cpu(), size),
+            )
             error[active] = estimated_error(change, before)
         _put(result, values, active)
         gap = (total(values).cpu() - change_of_score[active].cpu()).abs()
@@ -81,7 +86,9 @@ def _new_gradients(problem: Problem, start: Point, steps: int) -> Point:
     def place(nodes: Tensor, index: Tensor) -> Point:
         return straight_line(start, problem.point, alpha[nodes], index)
 
-    return mean_gradient(problem, torch.ones(len(alpha), dtype=torch.float64), place, progress="integrated gradients")
+    return mean_gradient(
+        problem, torch.ones(len(alpha), dtype=torch.float64), place, progress="integrated gradients"
+    )
 
 
 def _added(sums: Point | None, fresh: Point) -> Point:
@@ -95,7 +102,9 @@ def _put(result: Point, values: Point, active: Tensor) -> None:
 
 def relative(amount: Tensor, scale: Tensor) -> Tensor:
     """amount / scale, 0 where the amount is 0."""
-    return torch.where(amount > 0, amount / scale.clamp_min(torch.finfo(scale.dtype).tiny), torch.zeros_like(amount))
+    return torch.where(
+        amount > 0, amount / scale.clamp_min(torch.finfo(scale.dtype).tiny), torch.zeros_like(amount)
+    )
 
 
 def norm(values: Point) -> Tensor:

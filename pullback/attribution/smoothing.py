@@ -105,16 +105,19 @@ class VarGrad:
 def noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
     """Mean and population variance of a method over noisy points, from one sweep that methods may share."""
     sweep = (smooth.method, smooth.samples, smooth.noise, smooth.seed, smooth.antithetic, smooth.independent)
-    mean, variance, facts = problem.shared(("noise", repr(sweep)), lambda: _noisy_moments(problem, smooth))
-    problem.record(**facts)
+    mean, variance = problem.shared(("noise", repr(sweep)), lambda: _noisy_moments(problem, smooth))
+    if smooth.moment == "mean":
+        problem.record(standard_error=standard_error(problem, variance, smooth.samples))
     return mean, variance
 
 
-def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, dict[str, Any]]:
+def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
     depth = str(nesting(smooth.method))
     scale = map_leaves(lambda leaf: smooth.noise * example_range(leaf, problem.free), problem.point)
     if smooth.noise > 0 and any(bool((each == 0).any()) for each in _tensors(scale)):
-        problem.note("an example is constant at the site, so its noise is zero and the result is the plain method there")
+        problem.note(
+            "an example is constant at the site: its noise is zero, so its result is the plain method"
+        )
     batch_draws: dict[tuple[int, int, str], Tensor] = {}
 
     def drawn(node: int, row: int, name: str, leaf: Tensor) -> Tensor:
@@ -154,8 +157,7 @@ def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, 
 
     moments = stream(problem, torch.ones(smooth.samples), place, evaluate, second=True, progress="smoothgrad")
     mean, variance = as_points(moments)
-    facts = {"standard_error": standard_error(problem, variance, smooth.samples)}
-    return like_point(mean, problem), like_point(variance, problem, real=True), facts
+    return like_point(mean, problem), like_point(variance, problem, real=True)
 
 
 def example_range(leaf: Tensor, free: Tensor | None) -> Tensor:
@@ -166,7 +168,7 @@ def example_range(leaf: Tensor, free: Tensor | None) -> Tensor:
     if free is not None:
         padding = ~free.reshape(*free.shape, *[1] * (values.dim() - 2)).to(values.device)
         low, high = values.masked_fill(padding, torch.inf), values.masked_fill(padding, -torch.inf)
-    return high.flatten(1).max(1).values - low.flatten(1).min(1).values
+    return high.reshape(len(high), -1).max(1).values - low.reshape(len(low), -1).min(1).values
 
 
 def complex_normal(shape: Any, seed: int, draw: int, name: str, like: Tensor) -> Tensor:
@@ -212,7 +214,9 @@ def require_smoothing(method: Any, samples: int, noise: float) -> None:
     if isinstance(method, type):
         raise MethodError(f"method is a class; give an object: {method.__name__}().")
     if samples < 1 or not noise >= 0:
-        raise MethodError(f"samples is at least 1 and noise at least 0, got samples={samples}, noise={noise}.")
+        raise MethodError(
+            f"samples is at least 1 and noise at least 0, got samples={samples}, noise={noise}."
+        )
 
 
 def _tensors(point: Point) -> list[Tensor]:
@@ -225,5 +229,3 @@ def _named(point: Point, scale: Point) -> list[tuple[str, Tensor, Tensor]]:
         return [("", point, scale)]
     assert isinstance(scale, dict)
     return [(name, leaf, scale[name]) for name, leaf in point.items()]
-
-

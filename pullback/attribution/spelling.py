@@ -22,7 +22,7 @@ def parse_method(text: str) -> Any:
     Raises:
         MethodError: the text is no call, the name or a parameter is unknown, or a value is out of range.
     """
-    method = _Reader(text, {**BASELINES, **METHODS}).read()
+    method = _Reader(text, {**METHODS, **BASELINES}).read()
     if type(method) not in METHODS.values():
         raise MethodError(f"{text!r} is not a method. Methods: {', '.join(METHODS)}.")
     return method
@@ -48,7 +48,9 @@ def with_settings(method: Any, *, baseline: Any = None, seed: int | None = None)
             continue
         changed = _replaced(method, name, value)
         if changed is None:
-            raise MethodError(f"{method!r} has no {name} to set; leave {name}= out, or choose a method that has one.")
+            raise MethodError(
+                f"{method!r} has no {name} to set; leave {name}= out, or choose a method that has one."
+            )
         method = changed
     return method
 
@@ -64,6 +66,9 @@ def _replaced(method: Any, name: str, value: Any) -> Any:
         elif each.name == "method" and (inner := _replaced(method.method, name, value)) is not None:
             changes["method"] = inner
     return replace(method, **changes) if changes else None
+
+
+_CONSTANTS = {"none": None, "true": True, "false": False}
 
 
 class _Reader:
@@ -88,6 +93,8 @@ class _Reader:
 
     def _value(self, node: ast.expr, top: bool = False) -> Any:
         if isinstance(node, ast.Name):
+            if not top and node.id.lower() in _CONSTANTS:
+                return _CONSTANTS[node.id.lower()]
             return self._call(node.id, [], [])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self._call(node.func.id, node.args, node.keywords)
@@ -97,7 +104,9 @@ class _Reader:
             except (ValueError, TypeError, SyntaxError):
                 if isinstance(node, ast.Tuple):
                     return tuple(self._value(part) for part in node.elts)
-        raise MethodError(f"{ast.unparse(node)!r} in {self.text!r} is neither a method, a baseline nor a plain value.")
+        raise MethodError(
+            f"{ast.unparse(node)!r} in {self.text!r} is neither a method, a baseline nor a plain value."
+        )
 
     def _call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Any:
         if _plain(name) in ALIASES:
@@ -108,7 +117,9 @@ class _Reader:
             name = target.id
         cls = self.known.get(_plain(name))
         if cls is None:
-            raise MethodError(f'"{name}" is unknown. Nearest: {nearest(name, self.names)}. Known: {", ".join(self.names)}.')
+            raise MethodError(
+                f'"{name}" is unknown. Nearest: {nearest(name, self.names)}. Known: {", ".join(self.names)}.'
+            )
         allowed = {_plain(each.name): each.name for each in fields(cls) if each.init}
         values: dict[str, Any] = {}
         if len(args) > len(allowed):
@@ -118,7 +129,8 @@ class _Reader:
         for keyword in keywords:
             if keyword.arg is None or _plain(keyword.arg) not in allowed:
                 raise MethodError(
-                    f"{cls.__name__} has no parameter {keyword.arg or '**'}. It has: {', '.join(allowed.values()) or 'none'}."
+                    f"{cls.__name__} has no parameter {keyword.arg or '**'}. "
+                    f"It has: {', '.join(allowed.values()) or 'none'}."
                 )
             field_name = allowed[_plain(keyword.arg)]
             if field_name in values:

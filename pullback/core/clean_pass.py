@@ -79,7 +79,7 @@ class CleanPass:
             self._run_rows(torch.tensor([0]))
         self.outputs.clear()
         self.points.clear()
-        return max(1, int(self.resources.budget or 0) // max(1, meter.peak))
+        return max(1, int(self.resources.budget or 0) // max(1, int(meter.peak)))
 
     def _run_rows(self, rows: Tensor | None) -> None:
         args, kwargs = self.read.rows(rows, {})
@@ -153,16 +153,16 @@ class CleanPass:
         if parameter is not None and not self.read.explained and re.search(r"\bd?type\b", str(error)):
             name, leaf = next(iter(self.read.leaf.items()))
             return InputError(
-                f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward failed: '
-                f"{error}. If it holds numbers rather than token ids, convert it: x.to({parameter.dtype})."
+                f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward '
+                f"failed: {error}. If it holds numbers rather than token ids, convert it: x.to({parameter.dtype})."
             )
         for name in self.read.explained if parameter is not None else ():
             leaf = self.read.leaf[name]
             assert parameter is not None
             if leaf.dtype != parameter.dtype:
                 return InputError(
-                    f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the forward failed: '
-                    f"{error}. Convert one of them, for example x.to({parameter.dtype})."
+                    f'input "{name}" is {leaf.dtype}, the model\'s parameters are {parameter.dtype}, and the '
+                    f"forward failed: {error}. Convert one of them, for example x.to({parameter.dtype})."
                 )
             if leaf.device != parameter.device:
                 return InputError(

@@ -29,7 +29,7 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
         )
     appended = [list(each)[:-1] for each in ids]
     extra = max(len(each) for each in appended)
-    batch, length = tokens.shape
+    batch = len(tokens)
     if extra == 0:
         return Variant(inputs)
     along = [

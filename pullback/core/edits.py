@@ -70,7 +70,7 @@ class _Counter:
         self.calls = 0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nest = {**dict(enumerate(args)), **kwargs}
+        nest: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         changed = self._apply(nest)
         if changed is nest:
             return None

@@ -101,7 +101,7 @@ def stream(
     start = 0
     with track(rows, progress) as advance:
         while start < rows:
-            stop = min(rows, start + problem.chunk_rows())
+            stop = start + even_share(rows - start, problem.chunk_rows())
             numbers = torch.arange(start, stop)
             nodes, index = numbers // batch, numbers % batch
             z = place(nodes, index)
@@ -115,6 +115,15 @@ def stream(
             start = stop
     assert moments is not None
     return moments if isinstance(values, dict) else moments[""]
+
+
+def even_share(rows: int, chunk: int) -> int:
+    """The next chunk of the rows left, so that no last chunk is much smaller than the others.
+
+    >>> even_share(50, 23)
+    17
+    """
+    return -(-rows // -(-rows // chunk))
 
 
 def mean_gradient(problem: Problem, weights: Tensor, place: Place, progress: str | None = None) -> Point:

@@ -158,8 +158,8 @@ def require_settled(model: nn.Module, allow_train: bool) -> None:
     for path, module in model.named_modules():
         if module.training and (reason := unsettled(module)):
             raise ModelError(
-                f'{type(model).__name__} is in train mode and "{path or type(module).__name__}" {reason}: the result would be '
-                "random or depend on batch mates. Call model.eval() first, or pass allow_train=True."
+                f'{type(model).__name__} is in train mode and "{path or type(module).__name__}" {reason}: the '
+                "result would be random or depend on batch mates. Call model.eval() first, or pass allow_train=True."
             )
 
 
@@ -256,7 +256,7 @@ def _finite(scores: Tensor) -> Tensor:
     bad = (~torch.isfinite(scores)).nonzero()
     if len(bad):
         raise TargetError(
-            f"the clean score of example {int(bad[0])} is {float(scores[bad[0]])}: the model's output is not finite there. "
+            f"the clean score of example {int(bad[0])} is {float(scores[bad[0]])}: the output is not finite there. "
             "Check the model in its present dtype, or the target."
         )
     return scores.detach()

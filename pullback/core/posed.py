@@ -222,5 +222,8 @@ def kept_random_state(seed: int | None = None) -> Iterator[None]:
     )
     with random_state_lock, torch.random.fork_rng(devices):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would also seed CUDA later, when it is first used, after the state was put back
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
         yield

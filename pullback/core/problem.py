@@ -166,7 +166,7 @@ class Problem:
 
     def grad_rows(self, z: Point, index: Tensor) -> Point:
         """Gradients of R rows at once, row r being about example ``index[r]``; in halves when memory runs out."""
-        return self._guarded(z, index)[1]
+        return self.evaluate_rows(z, index)[1]
 
     def shared(self, key: Any, compute: Callable[[], Result]) -> Result:
         """Compute once per problem when several methods ask for the same thing (``compare``)."""
@@ -198,14 +198,15 @@ class Problem:
 
     def _peak(self, rows: int) -> int:
         """The most bytes alive at once while evaluating this many rows, beyond what was there before."""
+        uncounted = replace(self, evaluations=torch.zeros_like(self.evaluations))
         with PeakMeter() as meter:
             index = torch.zeros(rows, dtype=torch.long)
-            self.score_and_grad(take(self.point, index), index)
-        return meter.peak
+            uncounted.score_and_grad(take(self.point, index), index)
+        return int(meter.peak)
 
     def _grad(self, z: Point) -> Point:
         rows = self._require_shape(z, None)
-        pieces = [self._guarded(part, index)[1] for part, index in self._pieces(z, rows)]
+        pieces = [self.evaluate_rows(part, index)[1] for part, index in self._pieces(z, rows)]
         if len(pieces) == 1:
             return pieces[0]
         return map_leaves(lambda *parts: torch.cat(parts), *pieces)
@@ -219,7 +220,7 @@ class Problem:
         starts = torch.arange(rows).split(size)
         return [(take_slice(z, start), part) for start, part in zip(starts, parts, strict=True)]
 
-    def _guarded(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
+    def evaluate_rows(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
         """Scores and gradients of rows, in halves when memory runs out."""
         try:
             return self.score_and_grad(z, index)
@@ -228,7 +229,7 @@ class Problem:
                 raise
             self.resources.halve(len(index), error, len(self.posed.targets))
         half = torch.arange(len(index)).split(max(1, len(index) // 2))
-        parts = [self._guarded(take_slice(z, rows), index[rows]) for rows in half]
+        parts = [self.evaluate_rows(take_slice(z, rows), index[rows]) for rows in half]
         scores = torch.cat([scores for scores, _ in parts])
         return scores, map_leaves(lambda *grads: torch.cat(grads), *(gradient for _, gradient in parts))
 

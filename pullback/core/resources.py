@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # A CPU works fastest while the activations of a chunk stay near its caches; measured in benchmarks/chunks.py.
-CPU_WORKING_SET = 48 * 2**20
+CPU_WORKING_SET = 288 * 2**20
 ACCELERATOR_SHARE = 0.4
 LARGEST_CHUNK = 1024
 # The backward holds a gradient beside each activation for a moment; measured between 1.2 and 1.9 on the test nets.
@@ -78,12 +78,13 @@ class SharedWriteError(Exception):
 class AllocationMeter(TorchDispatchMode):
     """Watches one forward pass: what it allocates, whether it draws random numbers, whether it writes into the model.
 
-    ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws`` says
-    whether any used a random generator. A write into a storage of ``protected`` raises SharedWriteError before it happens.
+    ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws``
+    says whether any used a random generator. A write into a storage of ``protected`` raises SharedWriteError before it
+    happens.
     """
 
     def __init__(self, protected: frozenset[int] = frozenset()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.draws = False
         self.protected = protected
@@ -122,7 +123,7 @@ class PeakMeter(TorchDispatchMode):
     """Follows the bytes of all storages alive that were created while it is entered; ``peak`` is the most at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.live = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

@@ -92,7 +92,8 @@ class Site:
                 f'no module "{self.path}" in {type(model).__name__}. Nearest: {nearest(self.path, names)}. '
                 f"pullback.sites(model) lists all {len(names)}."
             )
-        return modules[path]
+        found: nn.Module = modules[path]
+        return found
 
 
 def sites(model: nn.Module) -> list[str]:

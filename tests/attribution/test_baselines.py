@@ -35,9 +35,9 @@ def test_plain_values() -> None:
     assert torch.equal(point(pb.Zeros()), torch.zeros_like(X))
     assert torch.equal(point(None), torch.zeros_like(X))
     assert torch.equal(point(pb.Constant(0.3)), torch.full_like(X, 0.3))
-    assert largest(point(pb.Mean()), X.mean((2, 3), keepdim=True).expand_as(X)) < 1e-15
+    assert largest(point(pb.ChannelMean()), X.mean((2, 3), keepdim=True).expand_as(X)) < 1e-15
     flat = pb.pose(nn.Linear(6, 2).double(), example(2, 6), target=0)
-    assert largest(point(pb.Mean(), flat), example(2, 6).mean(1, keepdim=True).expand(2, 6)) < 1e-15
+    assert largest(point(pb.ChannelMean(), flat), example(2, 6).mean(1, keepdim=True).expand(2, 6)) < 1e-15
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])

@@ -21,8 +21,8 @@ def of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     stored = plain.contiguous().cpu().clone().flatten().view(torch.uint8).numpy().tobytes()
     grad = None if tensor.is_leaf is False else tensor.grad
     return (
-        id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.stride(), tensor.dtype, tensor.is_inference(),  # noqa: E501
-        id(grad) if grad is not None else None, None if grad is None else grad.clone().numpy().tobytes(), stored,  # noqa: E501
+        id(tensor), tensor.data_ptr(), version, tensor.requires_grad, tensor.stride(), tensor.dtype, tensor.is_inference(),
+        id(grad) if grad is not None else None, None if grad is None else grad.clone().numpy().tobytes(), stored,
     )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def of_value(value: Any, depth: int = 3) -> Any:
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    """Every entry of every module's ``__dict__``: parameters, buffers, hooks, modes, children, own attributes."""  # noqa: E501
+    """Every entry of every module's ``__dict__``: parameters, buffers, hooks, modes, children, own attributes."""
     return {
         f"{path}.{name}": of_value(value)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -101,7 +101,7 @@ def tensors_of(inputs: Any) -> list[Tensor]:
 
 @contextmanager
 def assert_untouched(model: nn.Module, inputs: Any = ()) -> Iterator[None]:
-    """Fails, naming the entry, if the body changed the model, the inputs or the process; errors pass through."""  # noqa: E501
+    """Fails, naming the entry, if the body changed the model, the inputs or the process; errors pass through."""
     before = of_model(model), [of_tensor(each) for each in tensors_of(inputs)], of_process()
     try:
         yield

@@ -68,7 +68,7 @@ def smooth_net() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(),  # noqa: E501
+            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(),
             nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4),
         )  # fmt: skip
     return net.double().eval()

@@ -1,4 +1,4 @@
-"""Small nets with the habits that break attribution tools; each builder gives a model in eval mode and inputs."""  # noqa: E501
+"""Small nets with the habits that break attribution tools; each builder gives a model in eval mode and inputs."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def mode_switcher() -> Built:
 NETS: dict[str, Callable[[], Built]] = {
     build.__name__: build
     for build in (
-        in_place_relu, in_place_first, reused_module, functional_relu, frozen, hooked, batch_norm, lstm, weight_norm,  # noqa: E501
-        spectral_norm, tied, non_contiguous, channels_last, counting_buffer, attribute_writer, parameter_assigner,  # noqa: E501
+        in_place_relu, in_place_first, reused_module, functional_relu, frozen, hooked, batch_norm, lstm, weight_norm,
+        spectral_norm, tied, non_contiguous, channels_last, counting_buffer, attribute_writer, parameter_assigner,
         mode_switcher,
     )
 }  # fmt: skip

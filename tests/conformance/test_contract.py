@@ -220,7 +220,7 @@ def test_at_an_activation_boundary_a_point_may_flip() -> None:
 
     This is the documented limit of "nothing depends on the chunk": rounding of a differently shaped matmul may put
     the same point on either side. The promise holds again a hair away from the kink.
-    """  # noqa: E501
+    """
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 2, bias=False)).double()
     with torch.no_grad():
         net[0].weight.fill_(1.0)

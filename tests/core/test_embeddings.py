@@ -13,9 +13,9 @@ from tests.zoo.architectures import SIZES, decoder, encoder
 
 TEXTS = [[5, 9, 3, 8, 17], [6, 12, 4]]
 METHODS = [
-    pb.Gradient(), pb.IntegratedGradients(steps=6), pb.SmoothGrad(samples=4), pb.IntegratedGradients(tol=0.05),  # noqa: E501
+    pb.Gradient(), pb.IntegratedGradients(steps=6), pb.SmoothGrad(samples=4), pb.IntegratedGradients(tol=0.05),
     pb.SmoothGrad(pb.IntegratedGradients(steps=3), samples=2), pb.VarGrad(samples=4),
-    pytest.param(pb.RandomAttribution(), marks=pytest.mark.xfail(strict=True, reason="its key hashes the padding too")),  # noqa: E501
+    pb.RandomAttribution(),
     pb.ExpectedGradients(baseline=pb.Constant(0.1), samples=4),
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_padding_receives_nothing_and_changes_nothing(build: Any, side: str, met
 
     A llama's rotary positions are relative and a bert's masks absolute right padding, so both are exact; a bert with
     left padding sees other absolute positions and is left out.
-    """  # noqa: E501
+    """
     if build is bert and side == "left":
         pytest.skip("absolute positions differ under left padding: another function")
     model = build()

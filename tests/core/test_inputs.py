@@ -141,13 +141,13 @@ def test_shared_leaves_are_not_repeated() -> None:
     ("inputs", "message"),
     [
         (torch.ones(0, 3), r'empty batch: input "input" has shape \(0, 3\)\. Give at least one example'),
-        (torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), float("inf")]]), r'"input" is not finite: example 1 has 2 NaN or infinite'),  # noqa: E501
+        (torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), float("inf")]]), r'"input" is not finite: example 1 has 2 NaN or infinite'),
         (torch.tensor(1.0), r"no input has a batch dimension: every tensor is a scalar"),
         ("text", r"no tensor in the inputs \(a str\)\. Text has to be tokenized first"),
         ({"input_ids": [[1, 2]]}, r'no tensor in the inputs .* return_tensors="pt"'),
         (None, r"no tensor in the inputs \(a NoneType\)\. Give a tensor, a tuple"),
-        (torch.ones(2, 3).double(), r'input "input" is torch\.float64, the model\'s parameters are torch\.float32.*x\.to\(torch\.float32\)'),  # noqa: E501
-        (torch.ones(2, 3, dtype=torch.long), r"is torch\.int64, .*If it holds numbers rather than token ids, convert it: x\.to\(torch\.float32\)"),  # noqa: E501
+        (torch.ones(2, 3).double(), r'input "input" is torch\.float64, the model\'s parameters are torch\.float32.*x\.to\(torch\.float32\)'),
+        (torch.ones(2, 3, dtype=torch.long), r"is torch\.int64, .*If it holds numbers rather than token ids, convert it: x\.to\(torch\.float32\)"),
     ],
 )  # fmt: skip
 def test_refused(inputs: Any, message: str) -> None:

@@ -56,7 +56,7 @@ def test_generators_are_of_the_cpu_and_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_smoothgrad_meets_the_same_noise_in_every_batch_order_chunk_and_dtype(dtype: torch.dtype) -> None:
-    """A method that returns its point makes the draws visible: bitwise the same wherever an example stands."""  # noqa: E501
+    """A method that returns its point makes the draws visible: bitwise the same wherever an example stands."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     seen: dict[tuple[int, int], list[torch.Tensor]] = {}
 

@@ -33,7 +33,7 @@ def test_train_mode_is_refused_with_the_module_named(layer: nn.Module, reason: s
     model = net(layer).train()
     with pytest.raises(
         pb.ModelError,
-        match=rf'Sequential is in train mode and "1" {reason}.*Call model\.eval\(\) first, or pass allow_train=True',  # noqa: E501
+        match=rf'Sequential is in train mode and "1" {reason}.*Call model\.eval\(\) first, or pass allow_train=True',
     ):
         pb.explain(model, X)
     pb.explain(model.eval(), X, method="gradient")
@@ -48,7 +48,7 @@ def test_train_mode_that_changes_nothing_is_fine() -> None:
 
 
 def test_allow_train_is_reproducible_and_freezes_one_draw() -> None:
-    """The result is that of one fixed mask: clean score, every point and the gap belong to the same function."""  # noqa: E501
+    """The result is that of one fixed mask: clean score, every point and the gap belong to the same function."""
     model = net(nn.Dropout(0.5)).train()
     results = []
     for seed in (1, 2):

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import pullback as pb
-from pullback.core.targets import Margin, Probability
 from pullback.datasets import mnist
 
 torch.manual_seed(0)
@@ -63,8 +62,8 @@ axes.figure.savefig("first_map.png")
 # one number per row; these two are ready-made.
 
 # %%
-rather = pb.explain(net, test.x[:8], target=Margin(a.target))
-sure = pb.explain(net, test.x[:8], target=Probability(a.target))
+rather = pb.explain(net, test.x[:8], target=pb.Margin(a.target))
+sure = pb.explain(net, test.x[:8], target=pb.Probability(a.target))
 print(rather.labels[0], "|", sure.labels[0])
 
 # %% [markdown]

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pullback as pb
-from pullback.core.targets import Contrast
 
 COUNTRIES = {"france": "paris", "italy": "rome", "spain": "madrid", "japan": "tokyo"}
 words = ["<pad>", "the", "capital", "of", "is", "old", "and", "big", *COUNTRIES, *COUNTRIES.values()]
@@ -46,7 +45,7 @@ llm.eval()
 
 # %%
 prompt = tokenizer("the old capital of france is", return_tensors="pt", return_token_type_ids=False)
-a = pb.explain(llm, prompt, target=Contrast("paris", "rome", tokenizer=tokenizer))
+a = pb.explain(llm, prompt, target=pb.Contrast("paris", "rome", tokenizer=tokenizer))
 print(a)
 per_token = a.sum(-1).values[0]
 for token, value in zip(a.tokens[0], per_token.tolist(), strict=True):

@@ -6,6 +6,9 @@
 torch.Size([1, 4])
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from .api import compare, explain, explain_generation, explain_targets
 from .attribution import (
     METHODS,
@@ -61,6 +64,14 @@ from .core.targets import (
 )
 from .result import Attribution, load
 from .version import __version__
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load the sub-packages on first use: ``pullback.evaluation``, ``pullback.datasets``, ``pullback.viz``."""
+    if name in ("datasets", "evaluation", "testing", "viz"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "METHODS",

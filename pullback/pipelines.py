@@ -98,9 +98,15 @@ def model_inputs(pipeline: Any, inputs: Any) -> dict[str, Tensor]:
 
 def prepared(pipeline: Any, example: Any) -> dict[str, Tensor]:
     """One example through the pipeline's own preparation: the tensors that the model's forward names."""
-    found = pipeline.preprocess(example, **getattr(pipeline, "_preprocess_params", {}))
-    if inspect.isgenerator(found):
-        parts = list(found)
+    try:
+        found = pipeline.preprocess(example, **getattr(pipeline, "_preprocess_params", {}))
+        parts = list(found) if inspect.isgenerator(found) else None
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"a {type(pipeline).__name__} cannot prepare a {type(example).__name__} alone ({type(error).__name__}: "
+            f"{error}). Explain the model: pb.explain(pipeline.model, inputs) with the tensors it is called with."
+        ) from error
+    if parts is not None:
         if len(parts) != 1:
             raise InputError(
                 f"a {type(pipeline).__name__} cuts this input into {len(parts)} calls of its model. Explain the model: "

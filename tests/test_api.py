@@ -147,7 +147,7 @@ def test_settings_replace_the_methods_own_and_are_recorded() -> None:
         ({"method": 3}, r"a method is an object .* got 3"),
         ({"method": "gradient", "seed": 3}, r"Gradient\(\) has no seed to set"),
         ({"method": lambda problem: problem.point[:1]}, r"one row for each of the 2 examples"),
-        ({"method": lambda problem: None}, r"gave NoneType; a method gives a tensor"),
+        ({"method": lambda problem: None}, r"gave NoneType; a method gives one row"),
     ],
 )
 def test_wrong_methods(settings: dict[str, Any], message: str) -> None:
@@ -188,7 +188,7 @@ def test_generation_refuses_what_it_cannot_read() -> None:
         pb.explain_generation(model, torch.tensor([[5]]), [])
     with pytest.raises(pb.TargetError, match="generated text needs its tokenizer"):
         pb.explain_generation(model, torch.tensor([[5]]), "hello")
-    with pytest.raises(pb.InputError, match=r"one prompt: token ids of shape \(1, T\)"):
+    with pytest.raises(pb.InputError, match=r"one prompt: token ids \(1, T\)"):
         pb.explain_generation(model, torch.tensor([[5], [6]]), [3])
 
 

@@ -125,9 +125,13 @@ def test_an_unchanged_model_with_nan_and_a_gradient_passes() -> None:
 
 def test_changes_are_seen_when_the_body_raises_and_its_error_is_kept() -> None:
     model = net()
-    with pytest.raises(AssertionError) as caught, assert_model_untouched(model):
+
+    def change_and_raise() -> None:
         model[1].seen = 1
         raise KeyError("of the body")
+
+    with pytest.raises(AssertionError) as caught, assert_model_untouched(model):
+        change_and_raise()
     assert isinstance(caught.value.__context__, KeyError)
     with pytest.raises(KeyError), assert_model_untouched(net()):
         raise KeyError("of the body")

@@ -65,6 +65,10 @@ class IntegratedGradients:
             raise MethodError(
                 f"quadrature {self.quadrature!r} is unknown. Choose one of {', '.join(QUADRATURES)}."
             )
+        if self.tol is not None and self.max_steps < 3:
+            raise MethodError(
+                f"max_steps is at least 3, the first level of refinement; got {self.max_steps!r}."
+            )
         if self.tol is not None and not 0 < self.tol < 1:
             raise MethodError(f"tol is a relative error between 0 and 1, got {self.tol!r}.")
 

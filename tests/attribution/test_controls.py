@@ -65,7 +65,7 @@ def test_a_step_is_an_edge_of_known_strength() -> None:
 
 def test_vectors_have_no_edges() -> None:
     with pytest.raises(
-        MethodError, match=r"EdgeDetector needs an image .* or a series .*, got \(2, 6\) at 'input'"
+        MethodError, match=r"EdgeDetector needs an image .* or a series .*; 'input' is \(2, 6\)"
     ):
         pb.explain(tiny_mlp(), example(2, 6), target=0, method="edges")
     assert pb.explain(tiny_cnn(), example(1, 3, 8, 8), target=0, method="edges").values.shape == (1, 3, 8, 8)

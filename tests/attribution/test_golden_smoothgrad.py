@@ -171,7 +171,7 @@ def test_variances_of_nearly_equal_float32_gradients_are_right_and_never_negativ
 def test_a_constant_example_is_noted() -> None:
     x = torch.ones(1, 6).double()
     smooth = pb.explain(tiny_mlp(), x, target=0, method=pb.SmoothGrad(samples=2))
-    assert "constant at the site, so its noise is zero" in smooth.diagnostics["notes"][0]
+    assert "constant at the site: its noise is zero" in smooth.diagnostics["notes"][0]
     assert largest(smooth.values, pb.explain(tiny_mlp(), x, target=0, method="gradient").values) < 1e-16
 
 

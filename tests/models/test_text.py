@@ -147,7 +147,9 @@ def test_default_baselines(masked: bool) -> None:
     assert not at_layer.any()
 
 
-@pytest.mark.parametrize("method", [pb.IntegratedGradients(steps=4), pb.SmoothGrad(pb.IntegratedGradients(steps=4), 2)])
+@pytest.mark.parametrize(
+    "method", [pb.IntegratedGradients(steps=4), pb.SmoothGrad(pb.IntegratedGradients(steps=4), 2)]
+)
 @pytest.mark.parametrize("build", [llama, gemma2])
 def test_a_zero_baseline_warns_where_the_embeddings_are_normalised(build: Any, method: Any) -> None:
     model = double(build)
@@ -158,7 +160,10 @@ def test_a_zero_baseline_warns_where_the_embeddings_are_normalised(build: Any, m
         assert str(found).endswith("1 note")
 
 
-@pytest.mark.parametrize(("build", "baseline"), [(bert, "zeros"), (deberta_v2, None), (llama, None), (gemma2, None), (gpt2, "zeros")])
+@pytest.mark.parametrize(
+    ("build", "baseline"),
+    [(bert, "zeros"), (deberta_v2, None), (llama, None), (gemma2, None), (gpt2, "zeros")],
+)
 def test_other_models_and_baselines_are_silent(build: Any, baseline: str | None) -> None:
     """Position embeddings are added before the norm, so zero words are no jump; nor is the mean embedding."""
     with warnings.catch_warnings():

@@ -169,11 +169,13 @@ def measure(name: str, net: nn.Module, inputs: Any, quick: bool) -> None:
         assert isinstance(found.values, Tensor)
         error, stated = relative(found.values, reference), found.diagnostics["error"]
         ratio = stated / error
+        right = ((ratio > 0.5) & (ratio < 2)).double().mean()
         evaluations = found.diagnostics["evaluations"].double()
         print(
             f"  tol={tol}: {evaluations.mean():.1f} evaluations on average (at most {evaluations.max():.0f}), "
             f"error at most {error.max():.1e} (median {error.median():.1e}); "
-            f"stated/true {ratio.min():.2f} to {ratio.max():.2f}, median {ratio.median():.2f}, within a factor of two {((ratio > 0.5) & (ratio < 2)).double().mean():.0%}; "
+            f"stated/true {ratio.min():.2f} to {ratio.max():.2f}, median {ratio.median():.2f}, "
+            f"within a factor of two {right:.0%}; "
             f"converged {found.diagnostics['converged'].double().mean():.0%}",
             flush=True,
         )

@@ -107,7 +107,7 @@ def compare(
         >>> sorted(compare(net, torch.ones(1, 4), {"g": "gradient", "ig": "ig"}))
         ['g', 'ig']
     """
-    named = methods if isinstance(methods, Mapping) else {str(each): each for each in methods}
+    named = named_methods(methods)
     chosen = {
         name: as_method(each, baseline=baseline, seed=seed, lenient=True) for name, each in named.items()
     }
@@ -235,6 +235,22 @@ def explain_generation(
     return attribute(problem, as_method(method, baseline=baseline, seed=seed), call.model, longer, began)
 
 
+def named_methods(methods: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """Methods by name; those of a sequence are named by their text. Raises MethodError when there are none."""
+    if isinstance(methods, Mapping):
+        named = dict(methods)
+    elif isinstance(methods, (list, tuple)):
+        named = {str(each): each for each in methods}
+    else:
+        named = {}
+    if not named:
+        raise MethodError(
+            f'compare takes methods by name, for example {{"ig": "ig(steps=32)"}}, or a list of them; got {methods!r}. '
+            "For one method call explain."
+        )
+    return named
+
+
 def generated_ids(generated: Any, tokenizer: Any) -> list[int]:
     """Token ids of a generated text. Raises TargetError when there are none."""
     if isinstance(generated, str):
@@ -278,8 +294,13 @@ def as_method(method: Any, *, baseline: Any = None, seed: int | None = None, len
         )
     if isinstance(baseline, str):
         baseline = parse_baseline(baseline)
-    elif isinstance(baseline, (Tensor, int, float)):
+    elif isinstance(baseline, (Tensor, int, float)) or hasattr(baseline, "__array__"):
         baseline = Given(torch.as_tensor(baseline))
+    elif baseline is not None and (isinstance(baseline, type) or not callable(baseline)):
+        raise MethodError(
+            f"a baseline is a tensor, an object such as Zeros(), or its name; got {type(baseline).__name__}. "
+            'Write for example baseline=torch.zeros_like(x), baseline=Blur(5.0), baseline="mean".'
+        )
     try:
         return with_settings(method, baseline=baseline, seed=seed)
     except MethodError:

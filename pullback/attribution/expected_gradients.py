@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core import noise as draws
-from ..core.errors import MethodError
 from ..core.estimator import stream
 from ..core.points import Point, contract, map_leaves, take
 from ..core.problem import Problem
 from .baselines import Baseline, Uniform, baseline_point
-from .paths import straight_line
+from .paths import require_count, straight_line
 from .smoothing import as_points, like_point, standard_error
 
 __all__ = ["ExpectedGradients"]
@@ -49,8 +48,7 @@ class ExpectedGradients:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise MethodError(f"samples is at least 1, got {self.samples}.")
+        require_count("samples", self.samples)
 
     def __call__(self, problem: Problem) -> Point:
         alphas = torch.cat(

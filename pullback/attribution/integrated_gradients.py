@@ -13,7 +13,7 @@ from ..core.estimator import mean_gradient
 from ..core.points import Point, contract, map_leaves, total, widest
 from ..core.problem import Problem
 from .baselines import baseline_point
-from .paths import QUADRATURES, nodes_and_weights, straight_line
+from .paths import QUADRATURES, nodes_and_weights, require_count, straight_line
 from .refinement import refine
 
 __all__ = ["IntegratedGradients", "path_gradient"]
@@ -59,8 +59,8 @@ class IntegratedGradients:
     max_steps: int = 729
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise MethodError(f"steps is a whole number, at least 1; got {self.steps!r}.")
+        require_count("steps", self.steps)
+        require_count("max_steps", self.max_steps)
         if self.quadrature not in QUADRATURES:
             raise MethodError(
                 f"quadrature {self.quadrature!r} is unknown. Choose one of {', '.join(QUADRATURES)}."
@@ -69,18 +69,19 @@ class IntegratedGradients:
             raise MethodError(
                 f"max_steps is at least 3, the first level of refinement; got {self.max_steps!r}."
             )
-        if self.tol is not None and not 0 < self.tol < 1:
+        if self.tol is not None and not (isinstance(self.tol, float) and 0 < self.tol < 1):
             raise MethodError(f"tol is a relative error between 0 and 1, got {self.tol!r}.")
 
     def __call__(self, problem: Problem) -> Point:
         start = baseline_point(self.baseline, problem)
         delta = map_leaves(torch.sub, problem.point, start)
+        change = change_of_score(problem, start)
         if self.tol is None:
             weighted = path_gradient(problem, start, self.quadrature, self.steps, self.baseline)
             values = map_leaves(lambda g, d: contract(g, widest(d)), weighted, delta)
         else:
-            values = refine(problem, start, delta, self.tol, self.max_steps)
-        problem.record(gap=total(values) - change_of_score(problem, start))
+            values = refine(problem, start, delta, change, self.tol, self.max_steps)
+        problem.record(gap=total(values) - change)
         return map_leaves(lambda value, leaf: value.to(leaf.real.dtype), values, problem.point)
 
 

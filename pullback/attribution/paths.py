@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import MethodError
 from ..core.points import Point, expand_like, map_leaves, take
 
-__all__ = ["QUADRATURES", "nodes_and_weights", "straight_line"]
+__all__ = ["QUADRATURES", "nodes_and_weights", "require_count", "straight_line"]
 
 QUADRATURES = ("midpoint", "gausslegendre", "left", "right")
 
@@ -46,3 +46,12 @@ def straight_line(start: Point, stop: Point, alpha: Tensor, index: Tensor) -> Po
         )
 
     return map_leaves(along, take(start, index), take(stop, index))
+
+
+def require_count(name: str, value: object) -> None:
+    """Check that a parameter is a whole number, at least 1. Raises MethodError.
+
+    >>> require_count("steps", 8)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MethodError(f"{name} is a whole number, at least 1; got {value!r}.")

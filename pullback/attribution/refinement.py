@@ -20,11 +20,13 @@ SMOOTH_RATIO = 0.18
 KINKED_SHARE = 0.4
 
 
-def refine(problem: Problem, start: Point, delta: Point, tol: float, max_steps: int) -> Point:
+def refine(
+    problem: Problem, start: Point, delta: Point, change_of_score: Tensor, tol: float, max_steps: int
+) -> Point:
     """Integrated gradients by midpoint levels 3, 9, 27, ..., each example until its own error is within ``tol``.
 
     Tripling keeps every node of the level before. An example leaves the batch when its estimated error (relative to
-    the norm of the map) and its completeness gap (relative to Σ|map|) are within ``tol``.
+    the norm of the map) and its completeness gap (relative to the change of the score) are within ``tol``.
 
     Records ``error`` (B,) the estimate, relative to the norm of the map, and ``converged`` (B,).
     """
@@ -32,7 +34,6 @@ def refine(problem: Problem, start: Point, delta: Point, tol: float, max_steps: 
     result = map_leaves(
         lambda leaf: torch.zeros(leaf.shape, dtype=widest(leaf.real).dtype, device=leaf.device), delta
     )
-    change_of_score = problem.score() - problem.score(start)
     error = torch.full((batch,), torch.inf, dtype=change_of_score.dtype)
     converged = torch.zeros(batch, dtype=torch.bool)
     active = torch.arange(batch)
@@ -51,7 +52,9 @@ def refine(problem: Problem, start: Point, delta: Point, tol: float, max_steps: 
             error[active] = estimated_error(change, before)
         _put(result, values, active)
         gap = (total(values).cpu() - change_of_score[active].cpu()).abs()
-        scale = total(map_leaves(torch.abs, values)).cpu()
+        # where attributions cancel to almost nothing, a hundredth of what cancels is the yardstick
+        floor = 0.01 * total(map_leaves(torch.abs, values)).cpu()
+        scale = torch.maximum(change_of_score[active].abs().cpu(), floor)
         converged[active] = (error[active] <= tol) & (relative(gap, scale) <= tol)
         left = ~converged[active]
         active = active[left]

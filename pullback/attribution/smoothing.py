@@ -14,7 +14,9 @@ from ..core.errors import MethodError
 from ..core.estimator import Moments, stream
 from ..core.points import Point, expand_like, map_leaves, take
 from ..core.problem import Problem
+from .baselines import Baseline
 from .gradient import Gradient
+from .paths import require_count
 
 __all__ = ["SmoothGrad", "VarGrad"]
 
@@ -213,10 +215,13 @@ def require_smoothing(method: Any, samples: int, noise: float) -> None:
         raise MethodError(f"method is a method object such as Gradient(), got {method!r}.")
     if isinstance(method, type):
         raise MethodError(f"method is a class; give an object: {method.__name__}().")
-    if samples < 1 or not noise >= 0:
+    if type(method).__module__ == Baseline.__module__:
         raise MethodError(
-            f"samples is at least 1 and noise at least 0, got samples={samples}, noise={noise}."
+            f"{method!r} is a baseline, not a method; write for example SmoothGrad(Gradient())."
         )
+    require_count("samples", samples)
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
+        raise MethodError(f"noise is a fraction of the example's range, at least 0; got {noise!r}.")
 
 
 def _tensors(point: Point) -> list[Tensor]:

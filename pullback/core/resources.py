@@ -31,7 +31,7 @@ __all__ = [
 
 # A CPU works fastest while the activations of a chunk stay near its caches; measured in benchmarks/chunks.py.
 CPU_WORKING_SET = 288 * 2**20
-ACCELERATOR_SHARE = 0.4
+ACCELERATOR_SHARE = 0.25
 LARGEST_CHUNK = 1024
 # The backward holds a gradient beside each activation for a moment; measured between 1.2 and 1.9 on the test nets.
 BACKWARD_FACTOR = 2.0
@@ -67,7 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
+        "out of memory" in text
+        or "not enough memory" in text
+        or "can't allocate memory" in text
+        or "status_alloc_failed" in text  # cuBLAS and cuDNN
     )
 
 
@@ -235,9 +238,8 @@ class Resources:
 def working_set(device: torch.device) -> float:
     """Bytes a chunk may hold on this device when the user gave no budget."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return ACCELERATOR_SHARE * (free + cached)
+        # of all memory rather than of what is free now, so that the chunk is the same next time; halving is the net
+        return ACCELERATOR_SHARE * torch.cuda.get_device_properties(device).total_memory
     try:
         available = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):

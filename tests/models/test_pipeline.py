@@ -21,7 +21,7 @@ TEXTS = ["it was a very good film", "a bad film"]
 
 def classifier(**settings: Any) -> Any:
     labels = {0: "negative", 1: "neutral", 2: "positive"}
-    model = bert()[0].double()
+    model: Any = bert()[0].double()
     model.config.id2label, model.config.label2id = labels, {name: number for number, name in labels.items()}
     return transformers.pipeline(
         "text-classification", model=model, tokenizer=tokenizer(**settings), device="cpu"
@@ -173,7 +173,7 @@ def test_errors_say_what_to_type() -> None:
     with pytest.raises(pb.TargetError, match=r'no label "positiv".*positive'):
         pb.explain(classifier(), TEXTS, target="positiv")
     labels = {0: "entailment", 1: "neutral", 2: "contradiction"}
-    model = bert()[0]
+    model: Any = bert()[0]
     model.config.id2label, model.config.label2id = labels, {name: number for number, name in labels.items()}
     zero_shot = transformers.pipeline(
         "zero-shot-classification", model=model, tokenizer=tokenizer(), device="cpu"

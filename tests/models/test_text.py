@@ -35,7 +35,8 @@ def only(attribution: pb.Attribution) -> Tensor:
 def gradient_at_embeddings(model: Any, ids: Tensor, score: Any, **inputs: Any) -> Tensor:
     """By hand: embed, run on inputs_embeds, differentiate."""
     start = model.get_input_embeddings()(ids).detach().requires_grad_()
-    return torch.autograd.grad(score(model(inputs_embeds=start, **inputs).logits), start)[0]
+    found: Tensor = torch.autograd.grad(score(model(inputs_embeds=start, **inputs).logits), start)[0]
+    return found
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -62,8 +63,8 @@ def test_encoder_and_encoder_decoder_against_a_gradient_by_hand() -> None:
     wanted = gradient_at_embeddings(
         model, texts["input_ids"], lambda z: z[:, 2].sum(), attention_mask=texts["attention_mask"]
     ) * texts["attention_mask"][:, :, None]  # fmt: skip
-    found = only(pb.explain(model, texts, target=2, method="gradient"))
-    assert torch.allclose(found, wanted, atol=1e-12)
+    found = pb.explain(model, texts, target=2, method="gradient")
+    assert torch.allclose(only(found), wanted, atol=1e-12)
 
     model, answer = double(t5), tokens(3)
     inputs = {**texts, "decoder_input_ids": answer}
@@ -170,3 +171,32 @@ def test_other_models_and_baselines_are_silent(build: Any, baseline: str | None)
         warnings.simplefilter("error")
         found = pb.explain(double(build), tokens(), method="ig(steps=4)", baseline=baseline)
     assert found.diagnostics["notes"] == []
+
+
+class Careless(nn.Module):
+    """Reads its padding: the mask is taken and not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mixed: Tensor = self.head(self.embed(input_ids).mean(1).tanh())
+        return mixed
+
+
+@pytest.mark.parametrize("method", ["gradient", "ig(steps=50)", "smoothgrad(samples=4)"])
+def test_padding_receives_nothing_even_where_the_model_reads_it(method: str) -> None:
+    """It stays at its clean value on every path, and the words add up to the change of the score by themselves."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Careless().double()
+    texts = encoded()
+    real = texts["attention_mask"].bool()
+    found = pb.explain(model, texts, target=1, method=method)
+    assert not only(found)[~real].any()
+    assert (only(found)[real] != 0).all()
+    if method.startswith("ig"):
+        start = torch.where(real[:, :, None], model.embed.weight.mean(0), model.embed(texts["input_ids"]))
+        change = found.score - model.head(start.mean(1).tanh())[:, 1].detach()
+        assert torch.allclose(only(found).sum((1, 2)), change, atol=1e-6)

@@ -36,7 +36,8 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(VENV)/.dev
-	@set -e; for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script"; done
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.attribution
+	$(BIN)/python -m benchmarks.convergence
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov *.egg-info

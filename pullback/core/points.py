@@ -18,7 +18,7 @@ def map_leaves(function: Callable[..., Tensor], *points: Point) -> Point:
     first = points[0]
     if isinstance(first, Tensor):
         return function(*points)
-    return {name: function(*(point[name] for point in points)) for name in first}  # type: ignore[call-overload, index]
+    return {name: function(*(point[name] for point in points)) for name in first}  # type: ignore[index]
 
 
 def leaves(point: Point) -> list[Tensor]:

@@ -15,7 +15,7 @@ def track(total: int, label: str | None) -> Iterator[Callable[[int], None]]:
     if label is None or not sys.stderr.isatty():
         yield lambda count: None
         return
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     with tqdm(total=total, desc=label, unit="row", delay=1.0, leave=False) as bar:
         yield lambda count: bar.update(count) and None

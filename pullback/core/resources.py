@@ -185,7 +185,7 @@ class Resources:
             isinstance(chunk, (str, bool)) or int(chunk) != chunk or chunk < 1
         ):
             raise InputError(f'chunk is "auto" or a number of rows, at least 1; got {chunk!r}.')
-        self.chunk = None if chunk in ("auto", None) else int(chunk)  # type: ignore[arg-type]
+        self.chunk = None if chunk in ("auto", None) else int(chunk)
         self.budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.halved = 0
         self.row_bytes: int | None = None

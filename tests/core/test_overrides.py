@@ -18,37 +18,6 @@ from pullback.core.overrides import PASS, Operation, overrides, with_gradient_of
 Run = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """The derivative of the operations is replaced by ``slope`` times the input's."""
-
-    operations: tuple[str, ...] = ("relu",)
-    slope: float = 0.5
-    within: str | None = None
-
-    def __call__(self, operation: Operation) -> Any:
-        return with_gradient_of(operation.value(), self.slope * operation.args[0])
-
-
-@dataclass(frozen=True)
-class Detach:
-    operations: tuple[str, ...] = ("softmax",)
-    within: str | None = None
-
-    def __call__(self, operation: Operation) -> Any:
-        return operation.value().detach()
-
-
-@dataclass(frozen=True)
-class DetachQueries:
-    operations: tuple[str, ...] = ("scaled_dot_product_attention",)
-    within: str | None = None
-
-    def __call__(self, operation: Operation) -> Any:
-        query, key, *rest = operation.args
-        return operation.function(query.detach(), key.detach(), *rest, **operation.kwargs)
-
-
 def _in_place(function: Callable[[Tensor], Any]) -> Run:
     def run(x: Tensor) -> Tensor:
         y = x.clone()
@@ -78,30 +47,18 @@ SPELLINGS: dict[str, Run] = {
 }
 
 
-def _gradient(
-    run: Run, x: Tensor, weight: Tensor, rules: list[Any], module: nn.Module | None = None
-) -> Tensor:
-    with overrides(module or nn.Identity(), rules):
-        return torch.autograd.grad((run(x) * weight).sum(), x)[0]
-
-
-def _points(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    draw = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return draw.to(dtype).requires_grad_()
-
-
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_takes_the_rule(spelling: str) -> None:
-    x, weight = _points(3, 4), _points(3, 4, seed=1).detach()
+    x, weight = points(3, 4), points(3, 4, seed=1).detach()
     run = SPELLINGS[spelling]
-    assert torch.equal(_gradient(run, x, weight, [Scaled(slope=0.3)]), 0.3 * weight)
-    assert torch.equal(_gradient(run, x, weight, []), weight * (x > 0))
+    assert torch.equal(ruled_gradient(run, x, weight, [Scaled(slope=0.3)]), 0.3 * weight)
+    assert torch.equal(ruled_gradient(run, x, weight, []), weight * (x > 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_values_are_untouched(spelling: str, dtype: torch.dtype) -> None:
-    x = _points(3, 4, dtype=dtype)
+    x = points(3, 4, dtype=dtype)
     plain = SPELLINGS[spelling](x)
     with overrides(nn.Identity(), [Scaled()]):
         ruled = SPELLINGS[spelling](x)
@@ -139,7 +96,7 @@ CALLS = {
 @pytest.mark.parametrize("text", CALLS)
 def test_operators_methods_and_lists_reach_their_rule(text: str) -> None:
     name, run, expected = CALLS[text]
-    x = _points(3, 4)
+    x = points(3, 4)
     with overrides(nn.Identity(), [Detach((name,))]) as coverage:
         y = run(x)
     assert {key[0] for key in coverage.covered} == {name}
@@ -167,7 +124,7 @@ def test_reflected_operators_are_turned_round(text: str, run: Run) -> None:
             seen.append(operation)
             return operation.value()
 
-    x = _points(3)
+    x = points(3)
     with overrides(nn.Identity(), [Look()]):
         y = run(x)
     assert torch.equal(y, run(x))
@@ -178,7 +135,7 @@ def test_reflected_operators_are_turned_round(text: str, run: Run) -> None:
 
 def test_in_place_readers_before_and_after() -> None:
     """y = a x; z = y^2; y.relu_(); out = z + y: dout/dx = a (2 a x + s), s the rule's slope."""
-    x, constant = _points(5), 1.5
+    x, constant = points(5), 1.5
 
     def run(x: Tensor) -> Tensor:
         y = constant * x
@@ -187,7 +144,7 @@ def test_in_place_readers_before_and_after() -> None:
         y += z
         return y.mul_(y.detach() * 0 + 1)
 
-    gradient = _gradient(run, x, torch.ones(()), [Scaled(slope=0.3)])
+    gradient = ruled_gradient(run, x, torch.ones(()), [Scaled(slope=0.3)])
     torch.testing.assert_close(gradient, constant * (2 * constant * x + 0.3).detach())
 
 
@@ -203,14 +160,14 @@ def test_in_place_product_with_itself() -> None:
             value = operation.value()
             return with_gradient_of(value, value / 2)
 
-    x = _points(4)
-    gradient = _gradient(_in_place(lambda y: y.mul_(y)), x, torch.ones((), dtype=x.dtype).expand(4), [Half()])
+    x = points(4)
+    gradient = ruled_gradient(_in_place(lambda y: y.mul_(y)), x, torch.ones((), dtype=x.dtype).expand(4), [Half()])
     # the test's own weighting is a product too: one more half
     torch.testing.assert_close(gradient, x.detach() / 2)
 
 
 def test_in_place_errors_are_torchs_own() -> None:
-    x = _points(3)
+    x = points(3)
     with overrides(nn.Identity(), [Detach(("add",))]), pytest.raises(RuntimeError):
         x.clone().add_(torch.ones(2, 3))
     with overrides(nn.Identity(), [Scaled()]), pytest.raises(RuntimeError, match="leaf"):
@@ -218,7 +175,7 @@ def test_in_place_errors_are_torchs_own() -> None:
 
 
 def test_out_is_refused() -> None:
-    x = _points(3)
+    x = points(3)
     with (
         overrides(nn.Identity(), [Scaled(("exp",))]),
         pytest.raises(MethodError, match=r"exp\(out=.*without out="),
@@ -235,11 +192,11 @@ def test_first_matching_rule_wins_and_pass_falls_through() -> None:
         def __call__(self, operation: Operation) -> Any:
             return PASS
 
-    x = _points(3)
+    x = points(3)
     weight = torch.ones(3, dtype=x.dtype)
-    assert torch.equal(_gradient(torch.relu, x, weight, [Scaled(slope=0.2), Scaled(slope=0.7)]), 0.2 * weight)
-    assert torch.equal(_gradient(torch.relu, x, weight, [Nothing(), Scaled(slope=0.7)]), 0.7 * weight)
-    assert torch.equal(_gradient(torch.relu, x, weight, [Nothing()]), (x > 0).double())
+    assert torch.equal(ruled_gradient(torch.relu, x, weight, [Scaled(slope=0.2), Scaled(slope=0.7)]), 0.2 * weight)
+    assert torch.equal(ruled_gradient(torch.relu, x, weight, [Nothing(), Scaled(slope=0.7)]), 0.7 * weight)
+    assert torch.equal(ruled_gradient(torch.relu, x, weight, [Nothing()]), (x > 0).double())
 
 
 class Attention(nn.Module):
@@ -250,11 +207,11 @@ class Attention(nn.Module):
 
 
 def test_detached_softmax_in_hand_written_attention() -> None:
-    x = _points(2, 5, 4)
-    weight = _points(2, 5, 4, seed=1).detach()
+    x = points(2, 5, 4)
+    weight = points(2, 5, 4, seed=1).detach()
     probabilities = (x @ x.mT / 2).softmax(-1).detach()
     module = Attention()
-    torch.testing.assert_close(_gradient(module, x, weight, [Detach()], module), probabilities.mT @ weight)
+    torch.testing.assert_close(ruled_gradient(module, x, weight, [Detach()], module), probabilities.mT @ weight)
 
 
 def test_exceptions_leave_no_hook_and_no_mode() -> None:
@@ -268,18 +225,18 @@ def test_exceptions_leave_no_hook_and_no_mode() -> None:
 
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(RuntimeError, match="broken rule"), overrides(model, [Broken()]):
-        model(_points(2, 4, dtype=torch.float32))
+        model(points(2, 4, dtype=torch.float32))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(module._forward_hooks_always_called for module in model.modules())
     assert torch._C._len_torch_function_stack() == 0
 
 
 def test_nested_overrides_ask_the_innermost_first() -> None:
-    x = _points(3)
+    x = points(3)
     weight = torch.ones(3, dtype=x.dtype)
     with overrides(nn.Identity(), [Scaled(slope=0.2), Scaled(("tanh",), slope=5.0)]) as outer:
-        inner = _gradient(torch.relu, x, weight, [Scaled(slope=0.7)])
-        passed = _gradient(torch.tanh, x, weight, [Scaled(slope=0.7)])
+        inner = ruled_gradient(torch.relu, x, weight, [Scaled(slope=0.7)])
+        passed = ruled_gradient(torch.tanh, x, weight, [Scaled(slope=0.7)])
         after = torch.autograd.grad(torch.relu(x).sum(), x)[0]
     assert torch.equal(inner, 0.7 * weight)
     assert torch.equal(passed, 5.0 * weight)
@@ -288,8 +245,8 @@ def test_nested_overrides_ask_the_innermost_first() -> None:
 
 
 def test_the_same_context_twice_in_a_thread_is_reentrant() -> None:
-    module, x = nn.ReLU(), _points(3)
+    module, x = nn.ReLU(), points(3)
     weight = torch.ones(3, dtype=x.dtype)
     with overrides(module, [Scaled(slope=0.2)]), overrides(module, [Scaled(slope=0.2)]):
-        assert torch.equal(_gradient(module, x, weight, [Scaled(slope=0.2)], module), 0.2 * weight)
+        assert torch.equal(ruled_gradient(module, x, weight, [Scaled(slope=0.2)], module), 0.2 * weight)
     assert not module._forward_hooks

@@ -13,6 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import captum.attr
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import pullback as pb
 from benchmarks.alternating import alternate, ratio
 from benchmarks.models import gpt2, perceptron, resnet18, vit
+from pullback.core.shadow import shadow
 
 STEPS = 48
 
@@ -47,11 +49,17 @@ def best_chunk(score: Callable[[Tensor], Tensor], x: Tensor) -> int:
             floor(score, x, chunk)
             times.append(time.perf_counter() - began)
         seconds[chunk] = min(times)
-    return min(seconds, key=lambda chunk: seconds[chunk])
+    best = min(seconds, key=lambda chunk: seconds[chunk])
+    print(
+        "  floor by chunk, in units of the best: "
+        + "  ".join(f"{c}: {t / seconds[best]:.2f}" for c, t in seconds.items())
+    )
+    return best
 
 
 def compare_on(name: str, model: nn.Module, inputs: Any, pairs: int) -> None:
     """Print the ratios for one model."""
+    print(f"\n## {name}: {STEPS} steps")
     frozen = [parameter.requires_grad for parameter in model.parameters()]
     tokens = isinstance(inputs, dict)
     x = model.get_input_embeddings()(inputs["input_ids"]).detach() if tokens else inputs
@@ -97,7 +105,7 @@ def compare_on(name: str, model: nn.Module, inputs: Any, pairs: int) -> None:
     used = pb.explain(model, {"inputs_embeds": x} if tokens else x, target=target, method=method).meta[
         "chunk"
     ]
-    print(f"\n## {name}: {STEPS} steps, floor's best chunk {chunk}, our chunk {used}")
+    print(f"  floor's best chunk {chunk}, our chunk {used}")
     for other in ("floor", "captum", "captum, chunked"):
         print("  " + str(ratio(seconds, "pullback", other)))
 
@@ -115,6 +123,25 @@ def several_targets(pairs: int) -> None:
     )
     print("\n## Ten targets of a ResNet-18, 8 steps each")
     print("  " + str(ratio(seconds, "explain_targets", "ten calls")))
+
+
+def shadow_cost() -> None:
+    """Milliseconds to build the private shadow of a model, the only absolute time here: best and median of 50."""
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(25)]
+    for name, model in (
+        ("101 small modules", nn.Sequential(*layers)),
+        ("ResNet-18", resnet18()[0]),
+        ("GPT-2", gpt2()[0]),
+    ):
+        seconds = []
+        for _ in range(50):
+            began = time.perf_counter()
+            shadow(model)
+            seconds.append(1000 * (time.perf_counter() - began))
+        count = sum(1 for _ in model.modules())
+        print(
+            f"\n## Shadow of {name} ({count} modules): best {min(seconds):.1f} ms, median {median(seconds):.1f} ms"
+        )
 
 
 def main() -> None:
@@ -136,6 +163,8 @@ def main() -> None:
             compare_on(make.__name__, model, inputs, pairs)
     if not wanted or "targets" in wanted:
         several_targets(pairs)
+    if not wanted or "shadow" in wanted:
+        shadow_cost()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ from .version import __version__
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Load the sub-packages on first use: ``pullback.evaluation``, ``pullback.datasets``, ``pullback.viz``."""
+    """Load ``pullback.datasets``, ``evaluation``, ``testing`` and ``viz`` on first use."""
     if name in ("datasets", "evaluation", "testing", "viz"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -188,7 +189,13 @@ def explain_targets(
     )
     whole = attribute(call.named(problem), chosen, call.model, call.inputs, began)
     count = len(targets)
-    return [whole[torch.arange(number, len(whole), count)] for number in range(count)]
+    parts = [whole[torch.arange(number, len(whole), count)] for number in range(count)]
+    # one target without an index must not take the others' away
+    known = [each.index for each in problem.posed.targets]
+    return [
+        part if index is None else dataclasses.replace(part, target=index.cpu())
+        for part, index in zip(parts, known, strict=True)
+    ]
 
 
 def explain_generation(
@@ -330,15 +337,18 @@ def attribute(problem: Problem, method: Any, model: Any, inputs: Any, began: flo
     index = None
     if all(each.index is not None for each in resolved):
         index = torch.stack([each.index.cpu() for each in resolved if each.index is not None], 1).flatten()
-    domain = domain_of(method)
+    domains = domains_of(method)
+    point = problem.point
+    for domain in domains:
+        point = domain.analysis(point)
     return Attribution(
         values=map_leaves(torch.Tensor.detach, values),
-        point=problem.point if domain is None else domain.analysis(problem.point),
+        point=point,
         target=labels if index is None else index,
         score=problem.score(),
         method=repr(method),
         site=problem.site,
-        domain=None if domain is None else repr(domain),
+        domain=" then ".join(repr(domain) for domain in domains) or None,
         diagnostics=diagnostics,
         meta={
             "model": type(model).__name__,
@@ -365,10 +375,11 @@ def require_values(values: Point, problem: Problem, method: Any) -> None:
         )
 
 
-def domain_of(method: Any) -> Any:
-    """The domain a method works in, or None."""
+def domains_of(method: Any) -> list[Any]:
+    """The domains a method works in, the first applied first."""
+    found = []
     while method is not None:
-        if (found := getattr(method, "domain", None)) is not None:
-            return found
+        if (domain := getattr(method, "domain", None)) is not None:
+            found.append(domain)
         method = getattr(method, "method", None)
-    return None
+    return found

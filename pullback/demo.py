@@ -33,7 +33,7 @@ from pullback.evaluation import PGD, Interval, Trained, TrainSpec, bootstrap_int
 from pullback.evaluation import multilayer_perceptron as perceptron
 from pullback.result import Attribution
 
-__all__ = ["METRICS", "DemoResult", "Network", "RandomTimesInput", "run_demo", "usable_methods"]
+__all__ = ["CONTROLS", "METRICS", "DemoResult", "Network", "RandomTimesInput", "run_demo", "usable_methods"]
 
 METRICS = ("null_share@0.1", "null_mass")
 CONTROLS = ("random", "random × input", "edges")

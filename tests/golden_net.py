@@ -1,4 +1,4 @@
-"""The net and input behind the golden arrays, by their filling rule (attribution-methods.md section 0)."""
+"""The net and input behind the golden arrays, by their filling rule; tests/golden/README.md says what the arrays are."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Attribution engines. ``METHODS`` is the registry: the class of each method by its name.
 
-A line added there adds a method to the command line, the conformance suite and the tables of the documentation.
+A line added there adds a method to the command line, the doctor, the demo and the conformance suite.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 A baseline is called with a problem (and the number of the draw, for random ones) and gives a value at the site. None
 means: zeros, or at token embeddings the mask token where there is one, else the mean embedding. A zero embedding is
-no text at all to a pre-norm language model and gives noise at any number of steps (specs/attribution-methods.md 2.9).
+no text at all to a pre-norm language model and gives noise at any number of steps.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
 from typing import Any, Protocol, cast
 
@@ -32,6 +32,7 @@ __all__ = [
     "Uniform",
     "Zeros",
     "baseline_point",
+    "memo_text",
 ]
 
 
@@ -142,12 +143,21 @@ class Uniform:
     seed: int = 0
 
     def __call__(self, problem: Problem, draw: int = 0) -> Point:
+        free = problem.free
+
         def random(leaf: Tensor) -> Tensor:
             flat = leaf.detach().reshape(len(leaf), -1)
             low = flat.min(1).values if self.low is None else torch.full_like(flat[:, 0], self.low)
             high = flat.max(1).values if self.high is None else torch.full_like(flat[:, 0], self.high)
             unit = noise.uniform(leaf.shape[1:], self.seed, draw, "baseline").to(leaf)
             return expand_like(low, leaf) + unit * expand_like(high - low, leaf)
+
+        if free is not None and isinstance(problem.point, Tensor):
+            # each example by itself and without its padding, whose length depends on batch mates
+            padded = problem.point.detach().clone()
+            for number, real in enumerate(free.to(padded.device)):
+                padded[number, real] = random(padded[number : number + 1, real])[0]
+            return padded
 
         return map_leaves(random, problem.point)
 
@@ -269,6 +279,22 @@ def embedding_module(problem: Problem) -> nn.Module:
             return found
         return cast(nn.Module, module.get_input_embeddings())  # type: ignore[operator]
     raise MethodError(f'text baselines need the site "embeddings"; this problem is at "{problem.site}".')
+
+
+def memo_text(value: Any) -> str:
+    """The text under which methods share work: the repr, with the identity of objects whose repr may hide a difference.
+
+    >>> memo_text((Constant(1.0), 8))
+    '(Constant(value=1.0),8)'
+    """
+    if isinstance(value, (list, tuple)):
+        return f"({','.join(memo_text(part) for part in value)})"
+    if isinstance(value, (Given, Dataset)) or value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    if type(value).__module__.startswith("pullback.") and is_dataclass(value):
+        parts = (f"{each.name}={memo_text(getattr(value, each.name))}" for each in fields(value))
+        return f"{type(value).__name__}({','.join(parts)})"
+    return f"{type(value).__name__}@{id(value)}"
 
 
 def digest(tensor: Tensor) -> str:

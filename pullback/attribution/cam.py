@@ -47,7 +47,14 @@ class GradCAM:
         activation, gradient = layer(problem, "GradCAM")
         channel = self.channel_dim % activation.dim()
         space = [dim for dim in range(1, activation.dim()) if dim != channel]
-        cam = (gradient.mean(space, keepdim=True) * activation).sum(channel, keepdim=True)
+        weight = gradient.mean(space, keepdim=True)
+        free = problem.free if channel != 1 else None
+        if free is not None:
+            # padding is no place: it counts neither in the mean nor in the map
+            real = free.to(activation.device).reshape(*free.shape, *[1] * (activation.dim() - 2))
+            weight = weight * free.shape[1] / real.sum(1, keepdim=True)
+            activation = activation * real
+        cam = (weight * activation).sum(channel, keepdim=True)
         return cam.relu() if self.rectify else cam
 
 

@@ -26,7 +26,7 @@ class InDomain:
     Call:
         problem -> real values of the coefficients' shape, in the method's units.
 
-    Source: specs/attribution-methods.md section 2.2 (cross-domain integrated gradients, Esl et al. 2025).
+    Source: Esl et al. 2025 (cross-domain integrated gradients).
     """
 
     domain: Domain

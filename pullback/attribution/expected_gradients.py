@@ -75,5 +75,5 @@ class ExpectedGradients:
             problem, torch.ones(self.samples), place, evaluate, second=True, progress="expected gradients"
         )
         mean, variance = as_points(moments)
-        problem.record(standard_error=standard_error(problem, variance, self.samples))
+        problem.record(standard_error=standard_error(variance, self.samples))
         return like_point(mean, problem)

@@ -12,11 +12,11 @@ from ..core.errors import MethodError
 from ..core.estimator import mean_gradient
 from ..core.points import Point, contract, map_leaves, total, widest
 from ..core.problem import Problem
-from .baselines import baseline_point
+from .baselines import baseline_point, memo_text
 from .paths import QUADRATURES, nodes_and_weights, require_count, straight_line
 from .refinement import refine
 
-__all__ = ["IntegratedGradients", "path_gradient"]
+__all__ = ["IntegratedGradients", "change_of_score", "path_gradient"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def path_gradient(problem: Problem, start: Point, quadrature: str, steps: int, b
 
         return mean_gradient(problem, weights, place, progress="integrated gradients")
 
-    return problem.shared(("path", quadrature, steps, repr(baseline)), compute)
+    return problem.shared(("path", quadrature, steps, memo_text(baseline)), compute)
 
 
 def change_of_score(problem: Problem, start: Point) -> Tensor:

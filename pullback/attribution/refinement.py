@@ -57,6 +57,9 @@ def refine(
         scale = torch.maximum(change_of_score[active].abs().cpu(), floor)
         converged[active] = (error[active] <= tol) & (relative(gap, scale) <= tol)
         left = ~converged[active]
+        if problem.posed.whole and left.any():
+            # draws or batch statistics depend on the batch, so that nobody may leave it before the others
+            left = torch.ones_like(left)
         active = active[left]
         sums = map_leaves(lambda leaf: leaf[left.to(leaf.device)], sums)  # noqa: B023
         change = None if change is None else change[left]

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..core import noise as draws
 from ..core.errors import MethodError
 from ..core.estimator import Moments, stream
-from ..core.points import Point, expand_like, map_leaves, take
+from ..core.points import Point, expand_like, leaves, map_leaves, take
 from ..core.problem import Problem
-from .baselines import Baseline
+from .baselines import Baseline, memo_text
 from .gradient import Gradient
 from .paths import require_count
 
-__all__ = ["SmoothGrad", "VarGrad"]
+__all__ = ["SmoothGrad", "VarGrad", "as_points", "like_point", "standard_error"]
 
 Method = Callable[[Problem], Point]
 
@@ -107,17 +107,25 @@ class VarGrad:
 def noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
     """Mean and population variance of a method over noisy points, from one sweep that methods may share."""
     sweep = (smooth.method, smooth.samples, smooth.noise, smooth.seed, smooth.antithetic, smooth.independent)
-    mean, variance = problem.shared(("noise", repr(sweep)), lambda: _noisy_moments(problem, smooth))
+    facts: dict[str, Any]
+    mean, variance, facts = problem.shared(
+        ("noise", memo_text(sweep)), lambda: _noisy_moments(problem, smooth)
+    )
+    for text in facts["notes"]:
+        problem.note(text)
+    if "coverage" in facts:
+        problem.record(coverage=facts["coverage"])
     if smooth.moment == "mean":
-        problem.record(standard_error=standard_error(problem, variance, smooth.samples))
+        problem.record(standard_error=standard_error(variance, smooth.samples))
     return mean, variance
 
 
-def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
+def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, dict[str, Any]]:
+    facts: dict[str, Any] = {"notes": []}
     depth = str(nesting(smooth.method))
     scale = map_leaves(lambda leaf: smooth.noise * example_range(leaf, problem.free), problem.point)
-    if smooth.noise > 0 and any(bool((each == 0).any()) for each in _tensors(scale)):
-        problem.note(
+    if smooth.noise > 0 and any(bool((each == 0).any()) for each in leaves(scale)):
+        facts["notes"].append(
             "an example is constant at the site: its noise is zero, so its result is the plain method"
         )
     batch_draws: dict[tuple[int, int, str], Tensor] = {}
@@ -154,12 +162,18 @@ def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
     if not isinstance(smooth.method, Gradient):
 
         def evaluate(z: Point, nodes: Tensor, index: Tensor) -> Point:
-            result: Point = smooth.method(problem.rows(index, z))
+            moved = problem.rows(index, z)
+            result: Point = smooth.method(moved)
+            found = moved.diagnostics
+            facts.update({name: found[name] for name in ("coverage",) if name in found})
+            if found.get("converged") is not None and not found["converged"].all():
+                unreached = f"{smooth.method!r} did not reach its tolerance at some of the noisy points"
+                facts["notes"] = [*(text for text in facts["notes"] if text != unreached), unreached]
             return result
 
     moments = stream(problem, torch.ones(smooth.samples), place, evaluate, second=True, progress="smoothgrad")
     mean, variance = as_points(moments)
-    return like_point(mean, problem), like_point(variance, problem, real=True)
+    return like_point(mean, problem), like_point(variance, problem, real=True), facts
 
 
 def example_range(leaf: Tensor, free: Tensor | None) -> Tensor:
@@ -186,7 +200,7 @@ def nesting(method: Any) -> int:
     return 0 if inner is None else nesting(inner) + isinstance(method, (SmoothGrad, VarGrad))
 
 
-def standard_error(problem: Problem, variance: Point, samples: int) -> Point:
+def standard_error(variance: Point, samples: int) -> Point:
     """Monte-Carlo standard error of a mean per entry, from the population variance of its draws."""
     return map_leaves(lambda v: (v / max(1, samples - 1)).sqrt(), variance)
 
@@ -200,13 +214,15 @@ def as_points(moments: Any) -> tuple[Point, Point]:
 
 def like_point(values: Point, problem: Problem, real: bool = False) -> Point:
     """Accumulated values back in the dtype of the point (its real part for real results)."""
-    first = _tensors(problem.point)[0]
-    dtype = first.real.dtype if first.is_complex() else first.dtype
+    point = problem.point
 
-    def cast(leaf: Tensor) -> Tensor:
-        return leaf.to(first.dtype if leaf.is_complex() and not real else dtype)
+    def cast(leaf: Tensor, like: Tensor) -> Tensor:
+        return leaf.to(like.dtype if leaf.is_complex() and not real else like.real.dtype)
 
-    return map_leaves(cast, values)
+    if isinstance(values, dict) and isinstance(point, dict) and values.keys() == point.keys():
+        # the leaves of one point may differ in dtype
+        return {name: cast(leaf, point[name]) for name, leaf in values.items()}
+    return map_leaves(lambda leaf: cast(leaf, leaves(point)[0]), values)
 
 
 def require_smoothing(method: Any, samples: int, noise: float) -> None:
@@ -222,10 +238,6 @@ def require_smoothing(method: Any, samples: int, noise: float) -> None:
     require_count("samples", samples)
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
         raise MethodError(f"noise is a fraction of the example's range, at least 0; got {noise!r}.")
-
-
-def _tensors(point: Point) -> list[Tensor]:
-    return [point] if isinstance(point, Tensor) else list(point.values())
 
 
 def _named(point: Point, scale: Point) -> list[tuple[str, Tensor, Tensor]]:

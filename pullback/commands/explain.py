@@ -15,7 +15,20 @@ import typer
 if TYPE_CHECKING:
     from pullback.result import Attribution
 
-__all__ = ["explain"]
+__all__ = [
+    "ChannelsOption",
+    "InputArgument",
+    "JsonOption",
+    "ModelArgument",
+    "SiteOption",
+    "SizeOption",
+    "TargetOption",
+    "TextOption",
+    "TokenizerOption",
+    "explain",
+    "is_language_model",
+    "read_input",
+]
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A transformers model's directory, or module:factory.", show_default=False)

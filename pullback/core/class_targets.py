@@ -24,7 +24,7 @@ from pullback.core.target_outputs import (
     real,
 )
 
-__all__ = ["ClassScores", "Index", "Logit", "Margin", "Probability"]
+__all__ = ["ClassScores", "Index", "Logit", "Margin", "Probability", "is_tokens", "pick"]
 
 # A class or label for all examples, or one per example; None is the predicted class.
 Index = int | str | Tensor | Sequence[int] | Sequence[str] | None

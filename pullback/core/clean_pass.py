@@ -21,7 +21,7 @@ from .posed import kept_random_state, random_state_lock
 from .resources import AllocationMeter, PeakMeter, Resources, is_out_of_memory
 from .sites import Site
 
-__all__ = ["CleanPass"]
+__all__ = ["CleanPass", "concatenated"]
 
 
 class CleanPass:
@@ -45,6 +45,7 @@ class CleanPass:
         self.resources = resources
         self.protected = protected
         self.stochastic = False
+        self.generators: tuple[torch.Generator, ...] = ()
         self.outputs: list[Any] = []
         self.points: list[Point] = []
 
@@ -85,7 +86,11 @@ class CleanPass:
         args, kwargs = self.read.rows(rows, {})
         seeded = self.stochastic
         meter = AllocationMeter(self.protected) if self.resources.row_bytes is None else nullcontext()
-        with torch.no_grad(), kept_random_state(0) if seeded else random_state_lock, ExitStack() as stack:
+        with (
+            torch.no_grad(),
+            kept_random_state(0, self.generators) if seeded else random_state_lock,
+            ExitStack() as stack,
+        ):
             states = [] if seeded else _random_states()
             found: Any = None
             if self.site.kind == "embeddings":
@@ -102,7 +107,10 @@ class CleanPass:
             finally:
                 # other threads may draw too, so the state counts only where this forward was seen to draw
                 if not seeded and isinstance(meter, AllocationMeter) and meter.draws:
-                    self.stochastic = _restored(states)
+                    self.stochastic = _restored(states) or bool(meter.generators)
+                    self.generators = tuple(meter.generators)
+                    for own, state in meter.generators.items():
+                        own.set_state(state)
         if isinstance(meter, AllocationMeter):
             self.resources.row_bytes = meter.bytes // (self.read.batch if rows is None else len(rows))
         if self.site.kind == "embeddings":

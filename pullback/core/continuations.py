@@ -45,6 +45,12 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
         )
     longer = torch.cat([tokens, tokens.new_zeros(batch, extra)], 1)
     given = inputs.leaf.get("attention_mask")
+    if given is not None and (
+        given.shape != tokens.shape or (given.is_floating_point() and bool((given <= 0).all()))
+    ):
+        raise TargetError(
+            "a target of several tokens cannot lengthen this attention_mask: give (B, T) values 0 and 1."
+        )
     mask = torch.cat([torch.ones_like(tokens) if given is None else given, tokens.new_zeros(batch, extra)], 1)
     kept = torch.cat(
         [

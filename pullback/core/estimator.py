@@ -17,7 +17,7 @@ from .points import Point, expand_like, widest
 from .problem import Problem
 from .progress import track
 
-__all__ = ["Moments", "Place", "mean_gradient", "stream"]
+__all__ = ["Moments", "Place", "WeightedSum", "mean_gradient", "stream"]
 
 
 class Place(Protocol):
@@ -26,27 +26,35 @@ class Place(Protocol):
     def __call__(self, nodes: Tensor, index: Tensor, /) -> Point: ...
 
 
+class WeightedSum:
+    """Running Σ weight × value of one leaf, per example: ``sum`` (B, *S)."""
+
+    def __init__(self, batch: int, like: Tensor) -> None:
+        self.sum = _zeros(batch, like)
+
+    def add(self, values: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Take in R rows of values, row r belonging to example ``index[r]`` with weight ``weights[r]``."""
+        values = widest(values)
+        weights = expand_like(weights.to(self.sum.real.dtype), values)
+        self.sum.index_add_(0, index.to(values.device), values * weights.to(values.dtype))
+
+
 class Moments:
     """Running weighted mean and centred second moment of one leaf, per example (Chan et al. 1979, eq. 2.1).
 
     Stable: variances of nearly equal values never come out negative, which the difference of squares gives in float32.
     """
 
-    def __init__(self, batch: int, like: Tensor, second: bool = False) -> None:
-        wide = widest(torch.empty(0, dtype=like.dtype, device=like.device))
+    def __init__(self, batch: int, like: Tensor) -> None:
         self.weight = torch.zeros(batch, dtype=torch.float64 if like.device.type != "mps" else torch.float32)
-        self.mean = torch.zeros(batch, *like.shape[1:], dtype=wide.dtype, device=like.device)
-        self.squares = torch.zeros_like(self.mean, dtype=wide.real.dtype) if second else None
+        self.mean = _zeros(batch, like)
+        self.squares = torch.zeros_like(self.mean, dtype=self.mean.real.dtype)
 
     def add(self, values: Tensor, index: Tensor, weights: Tensor) -> None:
         """Take in R rows of values, row r belonging to example ``index[r]`` with weight ``weights[r]``."""
         values = widest(values)
         weights = weights.to(self.weight)
         where = index.to(values.device)
-        if self.squares is None:
-            self.mean.index_add_(0, where, values * expand_like(weights, values).to(values.dtype))
-            self.weight.index_add_(0, index, weights)
-            return
         new = torch.zeros_like(self.weight).index_add_(0, index, weights)
         rows = index.unique()
         fresh = torch.zeros_like(self.mean)
@@ -66,10 +74,15 @@ class Moments:
 
     def variance(self) -> Tensor:
         """The population variance, (B, *S), never negative."""
-        assert self.squares is not None
         return self.squares / expand_like(
             self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny), self.squares
         )
+
+
+def _zeros(batch: int, like: Tensor) -> Tensor:
+    """One row per example in the shape of a leaf, in the accumulation dtype."""
+    wide = widest(torch.empty(0, dtype=like.dtype, device=like.device))
+    return torch.zeros(batch, *like.shape[1:], dtype=wide.dtype, device=like.device)
 
 
 Evaluate = Callable[[Point, Tensor, Tensor], Point]
@@ -84,20 +97,21 @@ def stream(
     second: bool = False,
     progress: str | None = None,
 ) -> Any:
-    """Weighted sums over nodes of what ``evaluate`` gives at the points ``place`` names.
+    """Weighted sums, or moments, over nodes of what ``evaluate`` gives at the points ``place`` names.
 
     Args:
-        weights: (K,) one weight per node; the sum over nodes of weight × value is what comes back.
+        weights: (K,) one weight per node.
         place: the points of (node, example) rows.
         evaluate: (z, nodes, index) -> values of R rows; None for the gradient of the score.
-        second: also keep the centred second moment (weights are then taken as counts).
+        second: keep the mean and the centred second moment, weights taken as counts, instead of the sum.
 
     Returns:
-        a Moments for a tensor point, a dict of Moments for a dict point.
+        a WeightedSum, with ``second`` a Moments, for a tensor point; a dict of them for a dict point.
     """
     batch = problem.batch
     rows = len(weights) * batch
-    moments: dict[str, Moments] | None = None
+    kind = Moments if second else WeightedSum
+    found: dict[str, Moments | WeightedSum] = {}
     start = 0
     with track(rows, progress) as advance:
         while start < rows:
@@ -107,14 +121,13 @@ def stream(
             z = place(nodes, index)
             values = problem.grad_rows(z, index) if evaluate is None else evaluate(z, nodes, index)
             by_name = values if isinstance(values, dict) else {"": values}
-            if moments is None:
-                moments = {name: Moments(batch, leaf, second) for name, leaf in by_name.items()}
             for name, leaf in by_name.items():
-                moments[name].add(leaf, index, weights[nodes])
+                if name not in found:
+                    found[name] = kind(batch, leaf)
+                found[name].add(leaf, index, weights[nodes])
             advance(stop - start)
             start = stop
-    assert moments is not None
-    return moments if isinstance(values, dict) else moments[""]
+    return found if isinstance(values, dict) else found[""]
 
 
 def even_share(rows: int, chunk: int) -> int:
@@ -128,5 +141,5 @@ def even_share(rows: int, chunk: int) -> int:
 
 def mean_gradient(problem: Problem, weights: Tensor, place: Place, progress: str | None = None) -> Point:
     """Σ_k weight_k ∇score(place(k)), per example, in the accumulation dtype."""
-    moments = stream(problem, weights, place, progress=progress)
-    return {name: each.mean for name, each in moments.items()} if isinstance(moments, dict) else moments.mean
+    sums = stream(problem, weights, place, progress=progress)
+    return {name: each.sum for name, each in sums.items()} if isinstance(sums, dict) else sums.sum

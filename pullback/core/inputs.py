@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .points import Point, leaves
 
-__all__ = ["ModelInputs", "Shared", "read_inputs"]
+__all__ = ["ModelInputs", "Shared", "nested_tensors", "read_inputs"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,10 @@ class ModelInputs:
     @property
     def attention_mask(self) -> Tensor | None:
         mask = self.leaf.get("attention_mask")
-        return mask if mask is not None and mask.dim() == 2 and len(mask) == self.batch else None
+        if mask is None or mask.dim() != 2 or len(mask) != self.batch:
+            return None
+        # an additive mask is 0 at real tokens and very negative at padding
+        return mask == 0 if mask.is_floating_point() and bool((mask <= 0).all()) else mask
 
     @property
     def tokens(self) -> Tensor | None:
@@ -116,7 +118,11 @@ def read_inputs(inputs: Any, model: Callable[..., Any]) -> ModelInputs:
         )
     explained = tuple(name for name in floating if len(leaf[name]) == batch)
     _require_finite({name: leaf[name] for name in explained})
-    examples = frozenset(name for name, tensor in per_example.items() if len(tensor) == batch)
+    # positions along a sequence belong to all examples, though there may be as many of them
+    along = [name for name, each in per_example.items() if each.dim() == 1 and _last(name) in _POSITIONS]
+    examples = frozenset(
+        name for name, tensor in per_example.items() if len(tensor) == batch and name not in along
+    )
 
     def call(value: Callable[[str], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(_rebuild(part, value) for part in args), {
@@ -193,6 +199,13 @@ def _positional_names(model: Callable[..., Any], count: int) -> list[str]:
     return names + [str(index) for index in range(len(names), count)]
 
 
+_POSITIONS = ("cache_position", "position_ids")
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
 def _looks_like_tokens(name: str, tensor: Tensor) -> bool:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return False
@@ -223,11 +236,6 @@ def _as_tensors(inputs: Any) -> str:
     if isinstance(inputs, str):
         return "Text has to be tokenized first: model inputs are tensors."
     return "Give a tensor, a tuple of positional arguments or a dict of keyword arguments."
-
-
-def point_rows(point: Point) -> int:
-    """How many rows a point has."""
-    return len(leaves(point)[0])
 
 
 def nested_tensors(value: Any) -> Iterator[Tensor]:

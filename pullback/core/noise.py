@@ -1,8 +1,8 @@
 """Noise that depends on the seed and on the number of the draw, and on nothing else.
 
 Each draw has a generator of its own, seeded by a hash, so batch mates, order, chunk, dtype and device cannot change
-it and the global random state is never consumed. Measured in specs/core-mechanisms.md section 6: draws have no
-prefix property and depend on the dtype, hence float32, on the CPU, in one example's full shape, then cast and moved.
+it and the global random state is never consumed. A longer draw of PyTorch's does not begin with the shorter one, and
+draws depend on the dtype, hence float32, on the CPU, in one example's full shape, then cast and moved.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Point", "contract", "expand_like", "leaves", "map_leaves", "take", "total"]
+__all__ = ["Point", "contract", "expand_like", "leaves", "map_leaves", "take", "total", "widest"]
 
 Point: TypeAlias = "Tensor | dict[str, Tensor]"
 

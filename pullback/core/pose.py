@@ -20,7 +20,7 @@ from .shadow import shadow
 from .sites import Site
 from .targets import TargetContext, continuations, resolve
 
-__all__ = ["pose"]
+__all__ = ["pose", "pose_targets", "unsettled"]
 
 
 def pose(
@@ -100,6 +100,11 @@ def pose_targets(
         part.training and unsettled(part) for part in model.modules()
     )
     problem.posed.whole = problem.posed.stochastic or mates
+    if problem.posed.whole and (resources.budget is not None or (resources.chunk or read.batch) < read.batch):
+        problem.note(
+            "random draws or batch statistics differ between parts of the batch, and chunk or memory_budget divides "
+            "it: results depend on them"
+        )
     return problem
 
 
@@ -194,6 +199,7 @@ def _problem(
         targets=(),
         free=_free(read, clean.site, point),
         stochastic=clean.stochastic,
+        generators=clean.generators,
         asked_site=clean.asked_site,
         token_site=_is_token_site(clean),
         tokenizer=next(
@@ -245,9 +251,16 @@ def _is_token_site(clean: CleanPass) -> bool:
 def _free(read: ModelInputs, site: Site, point: Point) -> Tensor | None:
     """Where the value may move: token positions that the attention mask calls real."""
     mask = read.attention_mask
-    if mask is None or read.token_leaf is None or site.kind == "input" or not isinstance(point, Tensor):
+    # embeddings handed in are a sequence of tokens like those looked up
+    given = site.kind == "input" and (site.leaf or read.explained[0]) == "inputs_embeds"
+    if mask is None or not isinstance(point, Tensor):
+        return None
+    if not given and (read.token_leaf is None or site.kind == "input"):
         return None
     if point.dim() < 3 or point.shape[:2] != mask.shape or bool(mask.bool().all()):
+        return None
+    if point.dim() > 3 and point.shape[2] == mask.shape[1]:
+        # attention heads before the tokens, as many as there are tokens
         return None
     return mask.bool()
 

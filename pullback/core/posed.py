@@ -18,7 +18,7 @@ from .points import Point, leaves, map_leaves, take
 from .sites import Site
 from .targets import Resolved
 
-__all__ = ["PosedModel", "Variant", "gradients_enabled", "kept_random_state"]
+__all__ = ["PosedModel", "Variant", "gradients_enabled", "kept_random_state", "random_state_lock"]
 
 
 random_state_lock = threading.RLock()
@@ -53,6 +53,7 @@ class PosedModel:
     paired: bool = False
     free: Tensor | None = None
     stochastic: bool = False
+    generators: tuple[torch.Generator, ...] = ()
     whole: bool = False
     seed: int = 0
     asked_site: str = "input"
@@ -170,7 +171,7 @@ class PosedModel:
         return output
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with kept_random_state(self.seed) if self.stochastic else nullcontext():
+        with kept_random_state(self.seed, self.generators) if self.stochastic else nullcontext():
             return self.module(*args, **kwargs)
 
 
@@ -213,14 +214,20 @@ def gradients_enabled() -> Iterator[None]:
 
 
 @contextmanager
-def kept_random_state(seed: int | None = None) -> Iterator[None]:
-    """The global random state of every device in use is afterwards as before; seeded inside if a seed is given."""
+def kept_random_state(seed: int | None = None, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """The random state of every device in use, and of a model's own generators, is afterwards as before.
+
+    Seeded inside if a seed is given.
+    """
     devices = (
         list(range(torch.cuda.device_count()))
         if torch.cuda.is_available() and torch.cuda.is_initialized()
         else []
     )
-    with random_state_lock, torch.random.fork_rng(devices):
+    with random_state_lock, torch.random.fork_rng(devices), ExitStack() as stack:
+        for own in generators:
+            stack.callback(own.set_state, own.get_state())
+            own.manual_seed(0 if seed is None else seed)
         if seed is not None:
             # torch.manual_seed would also seed CUDA later, when it is first used, after the state was put back
             torch.default_generator.manual_seed(seed)

@@ -21,7 +21,7 @@ from .points import Point, leaves, map_leaves, take, widest
 from .posed import PosedModel, gradients_enabled
 from .resources import HELD_COPIES, PeakMeter, Resources, is_out_of_memory
 
-__all__ = ["Domain", "Problem"]
+__all__ = ["Domain", "Problem", "take_slice"]
 
 Result = TypeVar("Result")
 
@@ -111,7 +111,14 @@ class Problem:
                 f"a domain needs one tensor, but {len(self.point)} input leaves are explained: "
                 f'{", ".join(self.point)}. Choose one, for example site="input:{next(iter(self.point))}".'
             )
-        return replace(self, point=domain.analysis(self.point), domains=(*self.domains, domain), memo=None)
+        # the score is that of the synthesis, which is another where the domain loses something
+        return replace(
+            self,
+            point=domain.analysis(self.point),
+            domains=(*self.domains, domain),
+            known_score=None,
+            memo=None,
+        )
 
     def at_site(self) -> Problem:
         """The problem in the site's own coordinates again."""
@@ -289,12 +296,18 @@ class Problem:
         if (
             not right
             or len(given) != len(wanted)
+            or (isinstance(z, dict) and isinstance(self.point, dict) and z.keys() != self.point.keys())
             or any(a.shape[1:] != b.shape[1:] for a, b in zip(given, wanted, strict=True))
         ):
-            shapes = [tuple(leaf.shape) for leaf in given]
+
+            def shapes(point: Point) -> Any:
+                named = point.items() if isinstance(point, dict) else enumerate([point])
+                each = {name: tuple(leaf.shape) for name, leaf in named}
+                return each if isinstance(point, dict) else list(each.values())
+
             raise InputError(
-                f"a value at the site {self.site!r} has shape {[tuple(leaf.shape) for leaf in wanted]} "
-                f"(or a multiple of {self.batch} rows), got {shapes}."
+                f"a value at the site {self.site!r} has shape {shapes(self.point)} "
+                f"(or a multiple of {self.batch} rows), got {shapes(z)}."
             )
         return count
 

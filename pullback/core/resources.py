@@ -1,7 +1,7 @@
 """How many rows go through the model at once: chosen from what the forward allocates, halved when memory runs out.
 
-The choice depends on shapes and budgets only, never on timing or on what else the machine is doing, so the same call
-gives the same chunk and therefore the same bits.
+The choice depends on shapes and budgets only, never on timing, so the same call gives the same chunk and therefore the
+same bits; on a CPU with hardly any memory free it depends on that too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .errors import InputError
 from .inputs import nested_tensors
 
 __all__ = [
+    "HELD_COPIES",
     "AllocationMeter",
     "PeakMeter",
     "Resources",
@@ -29,7 +30,7 @@ __all__ = [
     "storages",
 ]
 
-# A CPU works fastest while the activations of a chunk stay near its caches; measured in benchmarks/chunks.py.
+# A CPU works fastest while the activations of a chunk stay near its caches.
 CPU_WORKING_SET = 288 * 2**20
 ACCELERATOR_SHARE = 0.25
 LARGEST_CHUNK = 1024
@@ -82,19 +83,23 @@ class AllocationMeter(TorchDispatchMode):
     """Watches one forward pass: what it allocates, whether it draws random numbers, whether it writes into the model.
 
     ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws``
-    says whether any used a random generator. A write into a storage of ``protected`` raises SharedWriteError before it
-    happens.
+    says whether any used a random generator; ``generators`` are those that are not torch's own, with their states
+    before. A write into a storage of ``protected`` raises SharedWriteError before it happens.
     """
 
     def __init__(self, protected: frozenset[int] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.draws = False
+        self.generators: dict[torch.Generator, Tensor] = {}
         self.protected = protected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.draws = self.draws or _draws(func, args, kwargs)
+        own = kwargs.get("generator")
+        if isinstance(own, torch.Generator) and own not in self.generators:
+            self.generators[own] = own.get_state()
         given = {_pointer(tensor) for tensor in nested_tensors((args, kwargs))}
         if self.protected and func._schema.is_mutable and not self.protected.isdisjoint(given):
             self._require_private(func, args, kwargs)

@@ -16,7 +16,7 @@ from torch import nn
 from .errors import SiteError, nearest
 from .inputs import nested_tensors
 
-__all__ = ["Site", "sites"]
+__all__ = ["Site", "first_tensor_at", "sites"]
 
 _PATTERN = re.compile(
     r"(?P<path>[^@:]*)(?:@(?P<call>\d+))?(?::(?P<side>input|output)(?:\.(?P<leaf>[\w.]+))?)?"

@@ -12,7 +12,21 @@ from torch import Tensor
 
 from pullback.core.errors import TargetError, nearest
 
-__all__ = ["EMBEDDINGS", "LOGITS", "Resolved", "TargetContext", "main_tensor"]
+__all__ = [
+    "EMBEDDINGS",
+    "LOGITS",
+    "Resolved",
+    "TargetContext",
+    "check_range",
+    "check_rows",
+    "class_name",
+    "fields",
+    "label_index",
+    "main_tensor",
+    "named_tensor",
+    "per_example",
+    "real",
+]
 
 LOGITS = ("logits", "prediction_logits")
 PREDICTIONS = (

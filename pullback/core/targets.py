@@ -16,6 +16,7 @@ from torch import Tensor
 from pullback.core.class_targets import Logit, Margin, Probability, is_tokens
 from pullback.core.dense_targets import Detection, MaskSum, is_detection
 from pullback.core.errors import TargetError
+from pullback.core.inputs import nested_tensors
 from pullback.core.target_outputs import (
     EMBEDDINGS,
     Resolved,
@@ -173,7 +174,14 @@ class _Callable:
         name = getattr(self.function, "__name__", type(self.function).__name__)
 
         def score(output: Any, rows: Tensor) -> Tensor:
+            parts = [part for part in nested_tensors(output) if not part.is_inference()]
+            before = [part._version for part in parts]
             values = self.function(output)
+            if before != [part._version for part in parts]:
+                raise TargetError(
+                    f"the target callable {name} changes the output in place, which other scores read too. Work on a "
+                    "copy, for example output = output.clone()."
+                )
             expected = f"expected a real tensor of shape ({rows.numel()},), one number per row of the output"
             if not isinstance(values, Tensor):
                 raise TargetError(

@@ -7,13 +7,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args, overload
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pullback.core.errors import InputError
+from pullback.datasets.examples import chosen, count
 from pullback.datasets.mnist import Digits, Split, mnist
 
 __all__ = ["BlockMNIST", "block_mnist"]
@@ -43,19 +44,8 @@ class BlockMNIST:
     signal_mask: Tensor
     meta: dict[str, object] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return self.x.shape[0]
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice | Tensor | list[int]) -> BlockMNIST: ...
-    def __getitem__(self, index: int | slice | Tensor | list[int]) -> tuple[Tensor, Tensor] | BlockMNIST:
-        if isinstance(index, int):
-            return self.x[index], self.y[index]
-        return BlockMNIST(
-            self.x[index], self.y[index], self.position[index], self.signal_mask[index], self.meta
-        )
+    __len__ = count
+    __getitem__ = chosen
 
 
 def block_mnist(

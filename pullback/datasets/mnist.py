@@ -6,12 +6,13 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pullback.core.errors import FormatError, InputError
+from pullback.datasets.examples import chosen, count
 from pullback.datasets.idx import load_idx
 
 __all__ = ["EMBEDDED", "Digits", "Split", "fashion_mnist", "mnist"]
@@ -42,17 +43,8 @@ class Digits:
     y: Tensor
     meta: dict[str, object] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return self.x.shape[0]
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice | Tensor | list[int]) -> Digits: ...
-    def __getitem__(self, index: int | slice | Tensor | list[int]) -> tuple[Tensor, Tensor] | Digits:
-        if isinstance(index, int):
-            return self.x[index], self.y[index]
-        return Digits(self.x[index], self.y[index], self.meta)
+    __len__ = count
+    __getitem__ = chosen
 
 
 def mnist(root: str | os.PathLike[str] | None = None, split: Split = "train") -> Digits:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import InputError
+from pullback.datasets.examples import chosen, count
 
 __all__ = ["Signals", "block_signal", "signal_coordinates"]
 
@@ -19,7 +20,8 @@ class Signals:
 
     ``x`` (n, d) float32; ``y`` (n,) int64 in {0, 1}, for the signs -1 and +1; ``position`` (n, signals)
     int64, the signal's coordinates, or (n,) the signal's block; ``signal_mask`` (n, d) bool; ``meta`` the
-    parameters and seed.
+    parameters and seed. ``signals[3]`` is a pair (x, y), ``signals[:100]`` or a mask or index tensor gives
+    ``Signals`` again.
     """
 
     x: Tensor
@@ -28,8 +30,8 @@ class Signals:
     signal_mask: Tensor
     meta: dict[str, object] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return self.x.shape[0]
+    __len__ = count
+    __getitem__ = chosen
 
 
 def block_signal(

@@ -76,7 +76,7 @@ def test_the_seed_names_the_draws() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(MethodError, match="samples is at least 1, got 0"):
+    with pytest.raises(MethodError, match="samples is a whole number, at least 1; got 0"):
         pb.ExpectedGradients(samples=0)
     with pytest.raises(InputError, match=r"Dataset needs reference rows \(N, \*S\), got shape \(0, 4\)"):
         pb.Dataset(torch.empty(0, 4))

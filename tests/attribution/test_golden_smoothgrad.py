@@ -178,8 +178,8 @@ def test_a_constant_example_is_noted() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"samples": 0}, "samples is at least 1 and noise at least 0, got samples=0"),
-        ({"noise": float("nan")}, "noise=nan"),
+        ({"samples": 0}, "samples is a whole number, at least 1; got 0"),
+        ({"noise": float("nan")}, "noise is a fraction of the example's range, at least 0; got nan"),
         ({"moment": "median"}, 'moment is "mean", "square" or "variance", got \'median\''),
         ({"method": pb.Gradient}, r"method is a class; give an object: Gradient\(\)"),
         ({"method": 3}, "method is a method object"),

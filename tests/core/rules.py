@@ -52,7 +52,11 @@ def points(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 
 
 def ruled_gradient(
-    run: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, rules: list[Any], module: nn.Module | None = None
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    rules: list[Any],
+    module: nn.Module | None = None,
 ) -> Tensor:
     """The gradient of Σ weight · run(x) under the rules."""
     with overrides(module or nn.Identity(), rules):

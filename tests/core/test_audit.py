@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pullback.core.audit import Uncovered, audit, require_covered
 from pullback.core.errors import CoverageError
 from pullback.core.overrides import Operation, overrides, with_gradient_of
-
-from .rules import DetachQueries, Scaled, points
+from tests.core.rules import DetachQueries, Scaled, points
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pullback as pb
+from tests.single_input import only
 from tests.zoo.architectures import SIZES, decoder, encoder
 
 TEXTS = [[5, 9, 3, 8, 17], [6, 12, 4]]
@@ -37,11 +38,6 @@ def padded(texts: list[list[int]], side: str, width: int) -> dict[str, Tensor]:
         place = slice(width - len(text), width) if side == "left" else slice(0, len(text))
         ids[row, place], mask[row, place] = torch.tensor(text), 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: repr(method)[:60])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pullback as pb
-from pullback.core.estimator import Moments, mean_gradient, stream
+from pullback.core.estimator import Moments, WeightedSum, mean_gradient, stream
 from pullback.core.points import take
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -24,7 +24,7 @@ def by_hand(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 12])
 def test_moments_of_rows_in_any_portions(cut: int) -> None:
-    moments = Moments(3, VALUES[:3], second=True)
+    moments = Moments(3, VALUES[:3])
     for portion in torch.arange(12).split(cut):
         moments.add(VALUES[portion], ROWS[portion], torch.ones(len(portion)))
     mean, variance = by_hand(ROWS)
@@ -35,7 +35,7 @@ def test_moments_of_rows_in_any_portions(cut: int) -> None:
 
 def test_weights_count_as_repetitions() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0])
-    moments, repeated = Moments(1, VALUES[:1], second=True), VALUES[[0, 1, 1, 2, 2, 2]]
+    moments, repeated = Moments(1, VALUES[:1]), VALUES[[0, 1, 1, 2, 2, 2]]
     for row in range(3):
         moments.add(VALUES[row : row + 1], torch.zeros(1, dtype=torch.long), weights[row : row + 1])
     assert torch.allclose(moments.mean[0], repeated.mean(0))
@@ -43,18 +43,18 @@ def test_weights_count_as_repetitions() -> None:
 
 
 def test_without_second_moments_sums_are_weighted_sums() -> None:
-    moments = Moments(3, VALUES[:3])
-    moments.add(VALUES, ROWS, torch.arange(12.0))
+    sums = WeightedSum(3, VALUES[:3])
+    sums.add(VALUES, ROWS, torch.arange(12.0))
     wanted = torch.stack(
         [(VALUES * torch.arange(12.0)[:, None])[example == ROWS].sum(0) for example in range(3)]
     )
-    assert torch.allclose(moments.mean, wanted)
+    assert torch.allclose(sums.sum, wanted)
 
 
 def test_variance_of_nearly_equal_float32_values() -> None:
     """10^4 + small noise in float32: the difference of squares would give garbage, even below zero."""
     values = (1e4 + torch.linspace(0, 0.05, 64)).float()[:, None]
-    moments = Moments(1, values, second=True)
+    moments = Moments(1, values)
     for row in values:
         moments.add(row[None], torch.zeros(1, dtype=torch.long), torch.ones(1))
     assert moments.mean.dtype == torch.float64
@@ -64,7 +64,7 @@ def test_variance_of_nearly_equal_float32_values() -> None:
 def test_complex_moments() -> None:
     """The variance of complex values is E|z - Ez|², real."""
     z = torch.complex(VALUES[:6], VALUES[6:])
-    moments = Moments(1, z, second=True)
+    moments = Moments(1, z)
     for portion in torch.arange(6).split(4):
         moments.add(z[portion], torch.zeros(len(portion), dtype=torch.long), torch.ones(len(portion)))
     assert torch.allclose(moments.mean[0], z.mean(0))

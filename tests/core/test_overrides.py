@@ -1,4 +1,4 @@
-"""Rules replace derivatives, never values: every spelling, in place, composites, threads, checkpoints."""
+"""Rules replace derivatives, never values: every spelling, in place, errors, order of rules."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pullback.core.errors import MethodError
 from pullback.core.operations import canonical
 from pullback.core.overrides import PASS, Operation, overrides, with_gradient_of
+from tests.core.rules import Detach, Scaled, points, ruled_gradient
 
 Run = Callable[[Tensor], Tensor]
 
@@ -161,7 +162,9 @@ def test_in_place_product_with_itself() -> None:
             return with_gradient_of(value, value / 2)
 
     x = points(4)
-    gradient = ruled_gradient(_in_place(lambda y: y.mul_(y)), x, torch.ones((), dtype=x.dtype).expand(4), [Half()])
+    gradient = ruled_gradient(
+        _in_place(lambda y: y.mul_(y)), x, torch.ones((), dtype=x.dtype).expand(4), [Half()]
+    )
     # the test's own weighting is a product too: one more half
     torch.testing.assert_close(gradient, x.detach() / 2)
 
@@ -194,7 +197,9 @@ def test_first_matching_rule_wins_and_pass_falls_through() -> None:
 
     x = points(3)
     weight = torch.ones(3, dtype=x.dtype)
-    assert torch.equal(ruled_gradient(torch.relu, x, weight, [Scaled(slope=0.2), Scaled(slope=0.7)]), 0.2 * weight)
+    assert torch.equal(
+        ruled_gradient(torch.relu, x, weight, [Scaled(slope=0.2), Scaled(slope=0.7)]), 0.2 * weight
+    )
     assert torch.equal(ruled_gradient(torch.relu, x, weight, [Nothing(), Scaled(slope=0.7)]), 0.7 * weight)
     assert torch.equal(ruled_gradient(torch.relu, x, weight, [Nothing()]), (x > 0).double())
 
@@ -211,7 +216,9 @@ def test_detached_softmax_in_hand_written_attention() -> None:
     weight = points(2, 5, 4, seed=1).detach()
     probabilities = (x @ x.mT / 2).softmax(-1).detach()
     module = Attention()
-    torch.testing.assert_close(ruled_gradient(module, x, weight, [Detach()], module), probabilities.mT @ weight)
+    torch.testing.assert_close(
+        ruled_gradient(module, x, weight, [Detach()], module), probabilities.mT @ weight
+    )
 
 
 def test_exceptions_leave_no_hook_and_no_mode() -> None:

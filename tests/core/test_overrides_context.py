@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pullback.core.errors import CoverageError
 from pullback.core.overrides import Operation, overrides, rules_paused, with_gradient_of
-
-from .rules import Detach, DetachQueries, Scaled, points, ruled_gradient
+from tests.core.rules import Detach, DetachQueries, Scaled, points, ruled_gradient
 
 
 class SquareFunction(torch.autograd.Function):

@@ -279,11 +279,17 @@ def test_recurrent_modules_in_eval_mode_train_only_where_cudnn_may_run() -> None
     assert shadow(offloaded.train()).module.dropout == 0.5
 
 
-def test_a_hundred_modules_cost_milliseconds() -> None:
-    layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(25)]
-    model, times = nn.Sequential(*layers), []
-    for _ in range(20):
-        start = time.perf_counter()
-        shadow(model)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.010  # about 3 ms on an idle core; the bound allows for a busy machine
+def test_the_cost_grows_with_the_number_of_modules_only() -> None:
+    """Milliseconds are measured in benchmarks/attribution.py; here four times the modules cost about four times."""
+
+    def seconds(blocks: int) -> float:
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(blocks)]
+        model, times = nn.Sequential(*layers), []
+        for _ in range(12):
+            start = time.perf_counter()
+            shadow(model)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    # a quadratic pass would cost sixteen times; the bound leaves room for a busy machine
+    assert seconds(100) < 10 * seconds(25)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pullback.core.errors import InputError
-from pullback.datasets import block_signal, signal_coordinates
+from pullback.datasets import Signals, block_signal, signal_coordinates
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
@@ -103,6 +103,19 @@ def test_seeds() -> None:
         assert not torch.equal(build(1).x, build(2).x)
         assert len(build(1)) == 50
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_indexing_gives_pairs_and_subsets() -> None:
+    data = signal_coordinates(20, 6, signals=2)
+    x, y = data[4]
+    assert torch.equal(x, data.x[4])
+    assert y == data.y[4]
+    up = data[data.y == 1]
+    assert isinstance(up, Signals)
+    assert len(up) == int(data.y.sum())
+    assert up.signal_mask.equal(data.signal_mask[data.y == 1])
+    assert up.position.equal(data.position[data.y == 1])
+    assert up.meta == data.meta
 
 
 def test_errors_say_what_was_given() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import pullback as pb
 from tests.conformance.fingerprint import of_process
+from tests.models.recurrent import RecurrentClassifier
+from tests.single_input import only
 from tests.zoo.architectures import ARCHITECTURES, gpt2, llama, tokens
 
 pytestmark = [
@@ -58,11 +60,6 @@ def convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 4)
     )
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 def moved(inputs: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
@@ -173,20 +170,10 @@ def test_autocast_of_the_caller(dtype: torch.dtype) -> None:
     assert 0 < (cast - exact).norm() / exact.norm() < 0.15
 
 
-class Classifier(nn.Module):
-    def __init__(self, kind: Any) -> None:
-        super().__init__()
-        self.memory = kind(3, 4, num_layers=2, batch_first=True, bidirectional=True, dropout=0.2)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.memory(x)[0][:, -1])  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_nets_in_eval_mode(kind: type[nn.RNNBase]) -> None:
     """cuDNN has a backward in train mode only; the answer is the eval model's, dropout off."""
-    model, x = seeded(lambda: Classifier(kind)).double(), noise(2, 5, 3).double()
+    model, x = seeded(lambda: RecurrentClassifier(kind)).double(), noise(2, 5, 3).double()
     wanted = pb.explain(model, x, target=1, method="ig(steps=8)")
     model = model.to(CUDA)
     found = pb.explain(model, x.to(CUDA), target=1, method="ig(steps=8)")

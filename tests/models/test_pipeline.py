@@ -13,6 +13,7 @@ import pullback as pb
 from pullback.pipelines import is_pipeline, opened
 from tests.conformance.fingerprint import assert_untouched
 from tests.models.words import tokenizer
+from tests.single_input import only
 from tests.zoo.architectures import SHARED, SIZES, bert, build, llama, vit
 
 transformers = pytest.importorskip("transformers")
@@ -53,11 +54,6 @@ class Chunked:
 
     def __call__(self, text: str) -> None:
         """A pipeline is called."""
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 @pytest.mark.parametrize("texts", [TEXTS[0], TEXTS, tuple(TEXTS), [TEXTS[1]]])

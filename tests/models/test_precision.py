@@ -8,16 +8,12 @@ from torch import Tensor, nn
 
 import pullback as pb
 from tests.conformance.fingerprint import assert_untouched
+from tests.single_input import only
 from tests.zoo.architectures import bert, llama, vit
 
 METHODS = ["gradient", "ig(steps=16)", "smoothgrad(samples=4)"]
 # relative rounding of the format times the roughly ten roundings a value passes through
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 0.15}
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 def net() -> nn.Module:

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 import pullback as pb
 from tests.conformance.fingerprint import assert_untouched
+from tests.models.recurrent import RecurrentClassifier
+from tests.single_input import only
 
 
 def noise(*shape: int) -> Tensor:
@@ -23,24 +25,9 @@ def seeded(build: Any) -> Any:
         return build().double().eval()
 
 
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
-
-
-class Classifier(nn.Module):
-    def __init__(self, kind: Any) -> None:
-        super().__init__()
-        self.memory = kind(3, 4, num_layers=2, batch_first=True, bidirectional=True, dropout=0.2)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.memory(x)[0][:, -1])  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_classifiers(kind: type[nn.RNNBase]) -> None:
-    model, x = seeded(lambda: Classifier(kind)), noise(2, 5, 3)
+    model, x = seeded(lambda: RecurrentClassifier(kind)), noise(2, 5, 3)
     with assert_untouched(model, x):
         found = pb.explain(model, x, target=1, method="gradient")
         sums = pb.explain(model, x, target=1, method="ig(steps=64, quadrature='gausslegendre')")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import pullback as pb
 from pullback.attribution.baselines import baseline_point
 from tests.models.words import tokenizer
+from tests.single_input import only
 from tests.zoo.architectures import bert, deberta_v2, gemma2, gpt2, llama, t5, tokens
 
 pytest.importorskip("transformers")
@@ -25,11 +26,6 @@ def double(build: Any) -> nn.Module:
 
 def encoded(side: str = "right", texts: Any = PROMPTS) -> Any:
     return tokenizer(side)(texts, return_tensors="pt", padding=True)
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 def gradient_at_embeddings(model: Any, ids: Tensor, score: Any, **inputs: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import pullback as pb
 from tests.conformance.fingerprint import assert_untouched
+from tests.single_input import only
 from tests.zoo.architectures import SIZES, build, clip, convnext, noise, resnet, segformer, swin, vit
 
 transformers = pytest.importorskip("transformers")
@@ -46,11 +47,6 @@ def yolos() -> tuple[nn.Module, dict[str, Tensor]]:
 def by_hand(model: Any, inputs: dict[str, Tensor], score: Callable[[Any], Tensor]) -> Tensor:
     pixels = inputs["pixel_values"].clone().requires_grad_()
     return torch.autograd.grad(score(model(**{**inputs, "pixel_values": pixels})).sum(), pixels)[0]
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 def assert_close(got: Tensor, wanted: Tensor) -> None:

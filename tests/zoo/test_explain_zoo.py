@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import pullback as pb
 from tests.conformance.fingerprint import assert_untouched
+from tests.single_input import only
 from tests.zoo.architectures import ARCHITECTURES, Inputs
 
 pytest.importorskip("transformers")
@@ -64,11 +65,6 @@ def built(name: str) -> tuple[nn.Module, Inputs]:
 def tolerance(name: str, values: Tensor) -> float:
     # rows of a batch of two and of one go through different kernels, and rotary angles are float32
     return (1e-5 if name in FLOAT32 else 1e-9) * float(values.abs().max())
-
-
-def only(attribution: pb.Attribution) -> Tensor:
-    assert isinstance(attribution.values, Tensor)
-    return attribution.values
 
 
 def target_of(name: str) -> int | None:

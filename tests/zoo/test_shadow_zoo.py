@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +120,6 @@ def test_compiled_models_are_unwrapped_and_noted(where: str) -> None:
     private.model.layers[0].mlp.register_forward_hook(lambda *_: fired.append(1))
     private(tokens())
     assert fired == [1]
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

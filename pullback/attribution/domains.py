@@ -26,7 +26,7 @@ class InDomain:
     Call:
         problem -> real values of the coefficients' shape, in the method's units.
 
-    Source: Esl et al. 2025 (cross-domain integrated gradients).
+    Source: Kechris et al. 2025 (cross-domain integrated gradients).
     """
 
     domain: Domain

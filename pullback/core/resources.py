@@ -31,8 +31,11 @@ __all__ = [
     "storages",
 ]
 
-# A CPU works fastest while the activations of a chunk stay near its caches.
+# Measured in benchmarks/attribution.py: on a CPU a couple of dozen rows are worth a large working set, since they
+# share the reading of the weights; more rows than that help only while their activations stay near the caches.
 CPU_WORKING_SET = 640 * 2**20
+CPU_CACHED_SET = 288 * 2**20
+WEIGHT_SHARING_ROWS = 24
 ACCELERATOR_SHARE = 0.25
 LARGEST_CHUNK = 1024
 # The backward holds a gradient beside each activation for a moment; measured between 1.2 and 1.9 on the test nets.
@@ -248,7 +251,10 @@ class Resources:
             self._chosen = fitting if self._chosen is None else min(self._chosen, fitting)
         if self._chosen is None:
             per_row = max(1.0, BACKWARD_FACTOR * (self.row_bytes or 1))
-            self._chosen = int(min(LARGEST_CHUNK, max(1.0, working_set(device) // per_row)))
+            rows = working_set(device) // per_row
+            if device.type == "cpu":
+                rows = min(rows, max(WEIGHT_SHARING_ROWS, CPU_CACHED_SET // per_row))
+            self._chosen = int(min(LARGEST_CHUNK, max(1.0, rows)))
         return self._chosen
 
     def halve(self, rows: int, error: BaseException, targets: int = 1) -> None:

@@ -236,8 +236,9 @@ class Resources:
         """
         if self.budget is not None and not self._measured:
             self._measured = True
-            one, two = probe(1), probe(2)
-            slope = max(two - one, 1)
+            one = probe(1)
+            # two rows tell the fixed part; where they might not fit, one row is taken to be all slope
+            slope = max((probe(2) if 2 * one + held < self.budget else 2 * one) - one, 1)
             fixed = max(one - slope, 0) + held
             # a row's point and path stay during the evaluation; its share of the sums is taken when that has ended
             slope = max(slope + ROW_COPIES * point_bytes, SUM_COPIES * point_bytes)

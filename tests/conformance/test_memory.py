@@ -100,6 +100,24 @@ def test_the_budget_is_kept(build: Callable[[], tuple[nn.Module, Any]], kind: st
     assert relative(values(run[0]), values(free)) <= 1e-4
 
 
+@pytest.mark.parametrize("share", [1.2, 1.7, 2.0, 2.5, 4.0])
+def test_a_tight_budget_is_kept_or_refused(share: float) -> None:
+    """Also by the probe: two rows are tried only where they fit."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 32, 3, padding=1), nn.GELU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).eval()
+    x = torch.randn(3, 3, 32, 32)
+    budget = int(share * peak(lambda: pb.explain(model, x[:1], target=1, method="gradient", chunk=1)))
+
+    def run() -> None:
+        try:
+            pb.explain(model, x, target=1, method=pb.IntegratedGradients(steps=16), memory_budget=budget)
+        except pb.InputError as error:
+            assert share < 2.5, error
+
+    assert peak(run) <= budget
+
+
 def test_a_larger_budget_is_used() -> None:
     model, x = cnn()
     small, large = (

@@ -10,7 +10,9 @@ from torch import nn
 
 from pullback.core.errors import InputError
 from pullback.core.resources import (
+    CPU_CACHED_SET,
     LARGEST_CHUNK,
+    WEIGHT_SHARING_ROWS,
     AllocationMeter,
     PeakMeter,
     Resources,
@@ -88,7 +90,13 @@ def test_automatic_chunk_depends_on_shapes_only() -> None:
     small, large = Resources(), Resources()
     small.row_bytes, large.row_bytes = 1000, 4 * 2**20
     assert small.rows(CPU, unused) == LARGEST_CHUNK
-    assert large.rows(CPU, unused) == max(1, int(working_set(CPU) // (8 * 2**20)))
+    assert large.rows(CPU, unused) == CPU_CACHED_SET // (8 * 2**20)
+    wide = Resources()
+    wide.row_bytes = 10 * 2**20  # 24 rows are within the working set, though not within the caches
+    assert wide.rows(CPU, unused) == WEIGHT_SHARING_ROWS
+    wider = Resources()
+    wider.row_bytes = 32 * 2**20
+    assert wider.rows(CPU, unused) == int(working_set(CPU) // (64 * 2**20)) < WEIGHT_SHARING_ROWS
     huge = Resources()
     huge.row_bytes = 2**50
     assert huge.rows(CPU, unused) == 1

@@ -109,13 +109,16 @@ def test_a_tight_budget_is_kept_or_refused(share: float) -> None:
     x = torch.randn(3, 3, 32, 32)
     budget = int(share * peak(lambda: pb.explain(model, x[:1], target=1, method="gradient", chunk=1)))
 
+    refused: list[pb.InputError] = []
+
     def run() -> None:
         try:
             pb.explain(model, x, target=1, method=pb.IntegratedGradients(steps=16), memory_budget=budget)
         except pb.InputError as error:
-            assert share < 2.5, error
+            refused.append(error)
 
     assert peak(run) <= budget
+    assert not refused or share < 2.5
 
 
 def test_a_larger_budget_is_used() -> None:

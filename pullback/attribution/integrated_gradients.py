@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MethodError
-from ..core.estimator import mean_gradient
 from ..core.points import Point, contract, map_leaves, total, widest
 from ..core.problem import Problem
 from .baselines import baseline_point, memo_text
-from .paths import QUADRATURES, nodes_and_weights, require_count, straight_line
+from .paths import QUADRATURES, gradient_on_path, nodes_and_weights, require_count
 from .refinement import refine
 
 __all__ = ["IntegratedGradients", "change_of_score", "path_gradient"]
@@ -88,15 +87,10 @@ class IntegratedGradients:
 def path_gradient(problem: Problem, start: Point, quadrature: str, steps: int, baseline: Any) -> Point:
     """Σ_k w_k ∇f on the path: (B, *S) in the accumulation dtype; shared between methods that walk the same path."""
 
-    def compute() -> Point:
-        alpha, weights = nodes_and_weights(quadrature, steps)
-
-        def place(nodes: Tensor, index: Tensor) -> Point:
-            return straight_line(start, problem.point, alpha[nodes], index)
-
-        return mean_gradient(problem, weights, place, progress="integrated gradients")
-
-    return problem.shared(("path", quadrature, steps, memo_text(baseline)), compute)
+    return problem.shared(
+        ("path", quadrature, steps, memo_text(baseline)),
+        lambda: gradient_on_path(problem, start, *nodes_and_weights(quadrature, steps)),
+    )
 
 
 def change_of_score(problem: Problem, start: Point) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MethodError
+from ..core.estimator import mean_gradient
 from ..core.points import Point, expand_like, map_leaves, take
+from ..core.problem import Problem
 
-__all__ = ["QUADRATURES", "nodes_and_weights", "require_count", "straight_line"]
+__all__ = ["QUADRATURES", "gradient_on_path", "nodes_and_weights", "require_count", "straight_line"]
 
 QUADRATURES = ("midpoint", "gausslegendre", "left", "right")
 
@@ -46,6 +48,15 @@ def straight_line(start: Point, stop: Point, alpha: Tensor, index: Tensor) -> Po
         )
 
     return map_leaves(along, take(start, index), take(stop, index))
+
+
+def gradient_on_path(problem: Problem, start: Point, alpha: Tensor, weights: Tensor) -> Point:
+    """Σ_k w_k ∇f at the nodes α_k of the straight path from start to the point: (B, *S), accumulation dtype."""
+
+    def place(nodes: Tensor, index: Tensor) -> Point:
+        return straight_line(start, problem.point, alpha[nodes], index)
+
+    return mean_gradient(problem, weights, place, progress="integrated gradients")
 
 
 def require_count(name: str, value: object) -> None:

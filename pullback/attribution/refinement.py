@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.estimator import mean_gradient
 from ..core.points import Point, contract, leaves, map_leaves, take, total, widest
 from ..core.problem import Problem
-from .paths import straight_line
+from .paths import gradient_on_path
 
 __all__ = ["refine"]
 
@@ -88,13 +87,7 @@ def _new_gradients(problem: Problem, start: Point, steps: int) -> Point:
     number = torch.arange(steps)
     fresh = number if steps == FIRST_LEVEL else number[number % 3 != 1]
     alpha = (fresh.double() + 0.5) / steps
-
-    def place(nodes: Tensor, index: Tensor) -> Point:
-        return straight_line(start, problem.point, alpha[nodes], index)
-
-    return mean_gradient(
-        problem, torch.ones(len(alpha), dtype=torch.float64), place, progress="integrated gradients"
-    )
+    return gradient_on_path(problem, start, alpha, torch.ones_like(alpha))
 
 
 def _added(sums: Point | None, fresh: Point) -> Point:

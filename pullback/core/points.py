@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -35,6 +35,17 @@ def take(point: Point, rows: Tensor) -> Point:
         return leaf.index_select(0, rows.to(leaf.device))
 
     return map_leaves(select, point)
+
+
+def or_zeros(found: Sequence[Tensor | None], point: Point) -> Point:
+    """Gradients in the structure of a point, zero where autograd found no path."""
+    parts = iter(found)
+
+    def filled(leaf: Tensor) -> Tensor:
+        part = next(parts)
+        return torch.zeros_like(leaf) if part is None else part
+
+    return map_leaves(filled, point)
 
 
 def expand_like(per_row: Tensor, leaf: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .edits import edit
 from .errors import SiteError
 from .inputs import ModelInputs
-from .points import Point, leaves, map_leaves, take
+from .points import Point, leaves, map_leaves, or_zeros, take
 from .sites import Site
 from .targets import Resolved
 
@@ -55,7 +55,6 @@ class PosedModel:
     stochastic: bool = False
     generators: tuple[torch.Generator, ...] = ()
     whole: bool = False
-    seed: int = 0
     asked_site: str = "input"
     token_site: bool = False
     tokenizer: Any = None
@@ -110,8 +109,8 @@ class PosedModel:
 
     def gradients(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
         """Scores (R,) and their gradients at z. Rows that ask several targets at one place share its forward."""
-        variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
         if len(self.targets) == 1:
+            variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
             scores = self.scores(variables, examples, asked)
             return scores.detach(), _gradient(scores, variables, self.site)
         place, first = _same_places(z, examples)
@@ -171,7 +170,7 @@ class PosedModel:
         return output
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with kept_random_state(self.seed, self.generators) if self.stochastic else nullcontext():
+        with kept_random_state(0, self.generators) if self.stochastic else nullcontext():
             return self.module(*args, **kwargs)
 
 
@@ -188,10 +187,7 @@ def _gradient(scores: Tensor, variables: Point, site: Site, keep: bool = False) 
             f'the score does not depend on "{site}": no path leads from there to the target. '
             "Choose a site before the target, or another target."
         )
-    parts = iter(
-        torch.zeros_like(leaf) if part is None else part for part, leaf in zip(found, inputs, strict=True)
-    )
-    return map_leaves(lambda leaf: next(parts), variables)
+    return or_zeros(found, variables)
 
 
 def _same_places(z: Point, examples: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .audit import audit, require_covered
 from .errors import InputError, MethodError
 from .overrides import Rule, overrides
-from .points import Point, leaves, map_leaves, take, widest
+from .points import Point, leaves, map_leaves, or_zeros, take, widest
 from .posed import PosedModel, gradients_enabled
 from .resources import HELD_COPIES, PeakMeter, Resources, is_out_of_memory
 
@@ -153,8 +153,8 @@ class Problem:
             return self.known_score
         z = self.point if z is None else z
         rows = self._require_shape(z, None)
-        pieces = [self._scores(part, index) for part, index in self._pieces(z, rows)]
-        return torch.cat(pieces)
+        pieces = self._pieces(z, rows)
+        return torch.cat([each for piece in pieces for each in self._in_halves(self._scores, *piece)])
 
     def grad(self, z: Point | None = None) -> Point:
         """The gradient of the score at z (k·B rows; the point if left out), same structure as z."""
@@ -229,29 +229,32 @@ class Problem:
 
     def evaluate_rows(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
         """Scores and gradients of rows, in halves when memory runs out."""
-        try:
-            return self.score_and_grad(z, index)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.resources.halve(len(index), error, len(self.posed.targets))
-        half = torch.arange(len(index)).split(max(1, len(index) // 2))
-        parts = [self.evaluate_rows(take_slice(z, rows), index[rows]) for rows in half]
+        parts = self._in_halves(self.score_and_grad, z, index)
+        if len(parts) == 1:
+            return parts[0]
         scores = torch.cat([scores for scores, _ in parts])
         return scores, map_leaves(lambda *grads: torch.cat(grads), *(gradient for _, gradient in parts))
 
     def _scores(self, z: Point, index: Tensor) -> Tensor:
-        examples, asked = self.examples[index], self.asked[index]
+        with self.posed.lock, torch.inference_mode(False), torch.no_grad():
+            scores = self.posed.scores(self._synthesis(z), self.examples[index], self.asked[index])
+        return widest(scores.detach())
+
+    def _in_halves(
+        self, evaluate: Callable[[Point, Tensor], Result], z: Point, index: Tensor
+    ) -> list[Result]:
+        """What ``evaluate`` gives for rows: in one part, or in halves of halves when memory runs out."""
         try:
-            with self.posed.lock, torch.inference_mode(False), torch.no_grad():
-                scores = self.posed.scores(self._synthesis(z), examples, asked)
-            return widest(scores.detach())
+            return [evaluate(z, index)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self.resources.halve(len(index), error, len(self.posed.targets))
-        half = torch.arange(len(index)).split(max(1, len(index) // 2))
-        return torch.cat([self._scores(take_slice(z, rows), index[rows]) for rows in half])
+        # outside the handler, whose traceback keeps what the failed attempt allocated
+        halves = torch.arange(len(index)).split(max(1, len(index) // 2))
+        return [
+            part for rows in halves for part in self._in_halves(evaluate, take_slice(z, rows), index[rows])
+        ]
 
     def _synthesis(self, z: Point) -> Point:
         for domain in reversed(self.domains):
@@ -265,11 +268,7 @@ class Problem:
             scores = self.posed.scores(self._synthesis(variables), examples, asked)
             check(scores)
             found = torch.autograd.grad(scores.sum(), leaves(variables), allow_unused=True)
-        parts = iter(
-            torch.zeros_like(leaf) if part is None else part
-            for part, leaf in zip(found, leaves(variables), strict=True)
-        )
-        return scores.detach(), map_leaves(lambda leaf: next(parts), variables)
+        return scores.detach(), or_zeros(found, variables)
 
     @contextmanager
     def _overridden(self) -> Any:

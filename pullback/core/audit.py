@@ -21,6 +21,7 @@ __all__ = [
     "Uncovered",
     "audit",
     "flattened",
+    "is_opaque",
     "require_covered",
     "write_mark",
     "written",
@@ -127,10 +128,18 @@ class Uncovered:
     kind: Kind = "operation"
 
 
-def audit(output: Tensor | Sequence[Tensor], coverage: Coverage) -> tuple[Uncovered, ...]:
+def audit(
+    output: Tensor | Sequence[Tensor],
+    coverage: Coverage,
+    *,
+    above: Sequence[Tensor] | None = None,
+    below: Sequence[Tensor] = (),
+) -> tuple[Uncovered, ...]:
     """Every nonlinear step between ``output`` and its leaves that no rule handled, most frequent first.
 
-    Linear steps, and products and quotients by a constant, are never named. Unknown steps are.
+    Linear steps, and products and quotients by a constant, are never named. Unknown steps are. Steps between
+    ``output`` and the tensors ``above`` (a target's, on a model's outputs), and those before the tensors ``below`` (a
+    domain's), are left out.
 
     >>> import torch; from pullback.core.overrides import overrides
     >>> with overrides(torch.nn.ReLU(), []) as coverage:
@@ -143,6 +152,10 @@ def audit(output: Tensor | Sequence[Tensor], coverage: Coverage) -> tuple[Uncove
     marks: set[Mark] = set()
     found: Counter[tuple[str, str, Kind]] = Counter()
     pending: list[Any] = [tensor.grad_fn for tensor in outputs]
+    if above is not None:
+        # where none of them is on the way (outputs in a class of the model's own), everything is audited
+        pending = _reached([*pending], {tensor.grad_fn for tensor in above} - {None}) or pending
+    seen.update(tensor.grad_fn for tensor in below)
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -157,6 +170,39 @@ def audit(output: Tensor | Sequence[Tensor], coverage: Coverage) -> tuple[Uncove
         elif (named := _nonlinear(node)) is not None:
             found[named[0], coverage.module_at(node._sequence_nr()), named[1]] += 1
     return tuple(Uncovered(name, path, count, kind) for (name, path, kind), count in found.most_common())
+
+
+def _reached(pending: list[Any], wanted: set[Any]) -> list[Any]:
+    """Which of the wanted nodes come first on the way from the pending ones to the leaves."""
+    found: list[Any] = []
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in wanted:
+            found.append(node)
+        else:
+            pending += [following for following, _ in node.next_functions]
+    return found
+
+
+def is_opaque(output: Any, given: Any) -> bool:
+    """Whether a tensor was computed from a given one of its shape by a step that no handler saw and that may bend."""
+    if not (isinstance(output, Tensor) and isinstance(given, Tensor) and output.shape == given.shape):
+        return False
+    pending: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None, given.grad_fn}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if MARK not in node.metadata and _nonlinear(node) is not None:
+            return True
+        pending += [following for following, _ in node.next_functions]
+    return False
 
 
 def _nonlinear(node: Any) -> tuple[str, Kind] | None:

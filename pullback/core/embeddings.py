@@ -42,7 +42,10 @@ class _Watch:
         self.model_name = model_name
         self.tokens = inputs.tokens
         self.given = "inputs_embeds" in inputs.leaf
-        self.merges = bool(inputs.explained)
+        # also pixels with a row per patch instead of per example, which are no explained leaf
+        self.merges = any(
+            value.is_floating_point() and not name.endswith("mask") for name, value in inputs.leaf.items()
+        )
         self.calls: dict[str, int] = {}
         self.found: tuple[Site, Tensor] | None = None
         self.handed_on: list[tuple[Site, Tensor]] = []
@@ -50,8 +53,10 @@ class _Watch:
     def embedded(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = self.calls[path] = self.calls.get(path, -1) + 1
-            if self.found is None and isinstance(output, Tensor) and args and self._ours(args[0], output):
-                self.found = Site("module", path, call), output.detach().clone()
+            # a quantised embedding returns its scale as well
+            value = output[0] if isinstance(output, tuple) and output else output
+            if self.found is None and isinstance(value, Tensor) and args and self._ours(args[0], value):
+                self.found = Site("module", path, call), value.detach().clone()
 
         return hook
 

@@ -77,7 +77,7 @@ LINEAR: frozenset[str] = frozenset(
     max_unpool3d max_unpool2d max_unpool3d permute_copy slice_copy squeeze_copy result_type
     mkldnn_to_dense mkldnn_reshape rsub
     narrow_copy lazy_clone unsafe_index unsafe_index_put
-    index_put_impl nan_to_num
+    index_put_impl nan_to_num pack_padded_sequence _pack_padded_sequence _pad_packed_sequence
     """
     )
 )
@@ -91,7 +91,7 @@ NONLINEAR: frozenset[str] = (
     softplus softshrink hardshrink threshold logsigmoid log_sigmoid sigmoid tanh glu softmax log_softmax
     scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd batch_norm
     instance_norm layer_norm rms_norm group_norm native_layer_norm native_group_norm _fused_rms_norm
-    native_batch_norm local_response_norm norm linalg_norm linalg_vector_norm linalg_matrix_norm var std
+    native_batch_norm norm linalg_norm linalg_vector_norm linalg_matrix_norm var std
     var_mean std_mean renorm weight_norm abs sign max min amax amin aminmax maximum minimum fmax fmin
     clamp clamp_min clamp_max max_pool1d max_pool2d max_pool3d max_pool1d_with_indices
     max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d

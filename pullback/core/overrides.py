@@ -7,181 +7,41 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.overrides import TorchFunctionMode
 
-from pullback.core.audit import GRADIENT, Coverage, Mark, flattened, write_mark, written
-from pullback.core.errors import CoverageError, MethodError
+from pullback.core.audit import GRADIENT, Coverage, Mark, flattened, is_opaque, write_mark, written
+from pullback.core.bodies import body_of
+from pullback.core.errors import MethodError
 from pullback.core.operations import LINEAR, NONLINEAR, Spelling, canonical, canonical_call, is_nonlinear
+from pullback.core.rule import (
+    PASS,
+    Operation,
+    Rule,
+    are_paused,
+    rules_paused,
+    rules_resumed,
+    with_gradient_of,
+)
+from pullback.core.running import ROOT, Frame, RunningModules
 
-__all__ = ["PASS", "Coverage", "Operation", "Rule", "overrides", "rules_paused", "with_gradient_of"]
+__all__ = [
+    "PASS",
+    "Coverage",
+    "Operation",
+    "Rule",
+    "overrides",
+    "rules_paused",
+    "rules_resumed",
+    "with_gradient_of",
+]
 
-
-class _Pass:
-    def __repr__(self) -> str:
-        return "PASS"
-
-
-PASS: Final = _Pass()
-"""What a rule returns to leave this call to the next rule, or to plain autograd."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One call of an operation in canonical form: out of place, not reflected, first arguments by position.
-
-    ``function`` is the native out-of-place callable, ``module_path`` the dotted path of the innermost module
-    that is running ("" at the root), ``module_class`` its class name.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    module_path: str = ""
-    module_class: str = ""
-
-    def value(self) -> Any:
-        """The operation's native result with the ordinary derivative."""
-        return self.function(*self.args, **self.kwargs)
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given either by position or by name."""
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
-
-
-class Rule(Protocol):
-    """Replaces the derivative of ``operations``: returns their native value, bit for bit, or :data:`PASS`.
-
-    ``within`` is an fnmatch pattern on the path or class name of any enclosing module; None matches anywhere.
-    A rule with a true attribute ``preserves_gradient`` (a leaner kernel, say) covers nothing: it counts as
-    gradient.
-    """
-
-    @property
-    def operations(self) -> frozenset[str] | tuple[str, ...]: ...
-    @property
-    def within(self) -> str | None: ...
-    def __call__(self, operation: Operation, /) -> Any: ...
-
-
-class _GradientOf(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0].to(ctx.dtypes[1])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return tangents[1].to(ctx.dtypes[0], copy=True)
-
-
-def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value`` forward, bit for bit, with the derivative of ``surrogate`` (same shape).
-
-    Works under vmap, forward-mode AD and in double backward where ``surrogate`` does. Raises MethodError for
-    unequal shapes.
-
-    >>> x = torch.tensor(2.0, requires_grad=True)
-    >>> torch.autograd.grad(with_gradient_of(x.exp(), 3 * x), x)
-    (tensor(3.),)
-    """
-    if value.shape != surrogate.shape:
-        raise MethodError(
-            f"a value of shape {tuple(value.shape)} cannot take the gradient of a surrogate of shape "
-            f"{tuple(surrogate.shape)}; expand or sum the surrogate to the value's shape"
-        )
-    result: Tensor = _GradientOf.apply(value, surrogate)  # type: ignore[no-untyped-call]
-    return result
-
-
-@dataclass(frozen=True)
-class _Frame:
-    path: str
-    class_name: str
-    enclosing: tuple[str, ...]  # paths and class names of the module and its ancestors in the tree
-
-
-class _Modules:
-    """Which modules are running, per thread, by paired hooks on a private module tree."""
-
-    def __init__(self, module: nn.Module, coverage: Coverage) -> None:
-        self._local = threading.local()
-        self._coverage = coverage
-        self._handles: list[Any] = []
-        names = dict(module.named_modules(remove_duplicate=False))
-        seen: set[int] = set()
-        for path, child in names.items():
-            if id(child) in seen or isinstance(child, torch.jit.ScriptModule):
-                continue
-            seen.add(id(child))
-            parts = path.split(".") if path else []
-            ancestors = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
-            enclosing = tuple(text for name in ancestors for text in (name, type(names[name]).__name__))
-            frame = _Frame(path, type(child).__name__, enclosing)
-            self._handles += [
-                child.register_forward_pre_hook(partial(self._enter, frame), prepend=True),
-                child.register_forward_hook(partial(self._leave, frame), always_call=True),
-            ]
-
-    @property
-    def stack(self) -> list[tuple[_Frame, int]]:
-        stack: list[tuple[_Frame, int]] = self._local.__dict__.setdefault("stack", [])
-        return stack
-
-    def _enter(self, frame: _Frame, module: nn.Module, args: Any) -> None:
-        self.stack.append((frame, _get_sequence_nr()))
-
-    def _leave(self, frame: _Frame, module: nn.Module, args: Any, output: Any) -> None:
-        stack = self.stack
-        while stack:
-            innermost, begin = stack.pop()
-            if innermost is frame:
-                self._coverage.intervals.append((begin, _get_sequence_nr(), frame.path))
-                break
-
-    def matches(self, pattern: str, operation: str) -> bool:
-        stack = self.stack
-        if not stack and torch._C._current_autograd_node() is not None:
-            raise CoverageError(
-                f"{operation} is recomputed in the backward outside any module, so within={pattern!r} "
-                "cannot be decided: checkpoint whole modules, not functions, or a rule with within=None"
-            )
-        return any(fnmatchcase(text, pattern) for frame, _ in stack for text in frame.enclosing)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-_ROOT: Final = _Frame("", "", ())
-_thread = threading.local()
-
-
-@contextmanager
-def rules_paused() -> Iterator[None]:
-    """No rule applies in this thread while open: for the backward of a rule's own autograd.Function."""
-    before = getattr(_thread, "paused", False)
-    _thread.paused = True
-    try:
-        yield
-    finally:
-        _thread.paused = before
+OPAQUE: Final = "opaque_module"
+"""The operation that a childless module without parameters is, when what it did cannot be seen."""
 
 
 def _any_tensor(values: Any, test: Callable[[Tensor], bool]) -> bool:
@@ -220,20 +80,6 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _body(function: types.FunctionType) -> Callable[..., Any]:
-    """The function with its "is anybody overriding?" test answered no, so that its inner calls are seen."""
-    tests = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **tests},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 @dataclass(frozen=True)
 class _Plan:
     spelling: Spelling
@@ -249,7 +95,9 @@ _TENSOR_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
 
 
 class _RuleMode(TorchFunctionMode):
-    def __init__(self, modules: _Modules, rules: Sequence[Rule], coverage: Coverage, detach: bool) -> None:
+    def __init__(
+        self, modules: RunningModules, rules: Sequence[Rule], coverage: Coverage, detach: bool
+    ) -> None:
         super().__init__()
         self._modules, self._coverage, self._detach = modules, coverage, detach
         self._rules: dict[str, list[tuple[Rule, str]]] = {}
@@ -257,6 +105,8 @@ class _RuleMode(TorchFunctionMode):
             for name in rule.operations:
                 self._rules.setdefault(name, []).append((rule, repr(rule)))
         self._plans: dict[Any, Any] = {}
+        if OPAQUE in self._rules:
+            modules.replace = self._opaque
         self._expanding = threading.local()
 
     def __torch_function__(
@@ -280,7 +130,7 @@ class _RuleMode(TorchFunctionMode):
         if (
             plan is None
             or not torch.is_grad_enabled()  # no derivative to replace, and rules keep values
-            or getattr(_thread, "paused", False)
+            or are_paused()
         ):
             return function(*args, **kwargs)
         return self._differentiated(plan, function, args, kwargs)
@@ -293,13 +143,19 @@ class _RuleMode(TorchFunctionMode):
         if not (transformed or _differentiable(args) or _differentiable(kwargs.values())):
             return function(*args, **kwargs)
         stack = self._modules.stack
-        frame = stack[-1][0] if stack else _ROOT
+        frame = stack[-1][0] if stack else ROOT
         begin = _get_sequence_nr()
         if plan.rules and spelling.function is not None:
             result, rule = self._ruled(plan, frame, function, args, kwargs)
             if rule is not None:
-                covers = not getattr(rule[0], "preserves_gradient", False)
-                self._coverage.count(spelling.name, frame.path, rule[1] if covers else GRADIENT)
+                preserved = getattr(rule[0], "preserves_gradient", False)
+                # a linear operation that keeps its gradient needs no rule, so it is not counted either
+                linear = preserved and not is_nonlinear(
+                    spelling.name, *canonical_call(spelling, args, kwargs)[1:]
+                )
+                covers = linear or not preserved
+                if not linear:
+                    self._coverage.count(spelling.name, frame.path, GRADIENT if preserved else rule[1])
                 if not transformed:
                     write_mark(written(result), Mark(spelling.name, frame.path, covers), begin)
                 return result
@@ -319,7 +175,7 @@ class _RuleMode(TorchFunctionMode):
         return result
 
     def _ruled(
-        self, plan: _Plan, frame: _Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, plan: _Plan, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[Rule, str] | None]:
         spelling = plan.spelling
         here = self._modules.matches
@@ -353,6 +209,19 @@ class _RuleMode(TorchFunctionMode):
             return target, rule
         return None, None
 
+    def _opaque(self, frame: Frame, module: nn.Module, args: Any, output: Any) -> Any:
+        """What rules make of an activation module whose inside no handler saw; None leaves its output as it is."""
+        if are_paused() or len(args) != 1 or not torch.is_grad_enabled() or not is_opaque(output, args[0]):
+            return None
+        plan = _Plan(Spelling(OPAQUE, function=module.forward), tuple(self._rules[OPAQUE]))
+        begin = _get_sequence_nr()
+        result, rule = self._ruled(plan, frame, module.forward, args, {})
+        if rule is None:
+            return None
+        self._coverage.count(OPAQUE, frame.path, rule[1])
+        write_mark(written(result), Mark(OPAQUE, frame.path, True), begin)
+        return result
+
     def _plan(self, function: Any) -> Any:
         spelling = canonical(function)
         if spelling is None:
@@ -368,12 +237,12 @@ class _RuleMode(TorchFunctionMode):
     def _inside(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function written in Python with this mode on, so that the operations it hides are seen."""
         running: list[Any] = self._expanding.__dict__.setdefault("running", [])
-        if function in running or getattr(_thread, "paused", False):
+        if function in running or are_paused():
             return function(*args, **kwargs)
         running.append(function)
         try:
             with self:
-                return _body(function)(*args, **kwargs)
+                return body_of(function)(*args, **kwargs)
         finally:
             running.remove(function)
 
@@ -392,7 +261,7 @@ def overrides(module: nn.Module, rules: Sequence[Rule], *, detach: bool = True) 
     [{'operation': 'relu', 'module': '', 'rule': 'gradient', 'count': 1}]
     """
     coverage = Coverage()
-    modules = _Modules(module, coverage)
+    modules = RunningModules(module, coverage)
     try:
         with _RuleMode(modules, rules, coverage, detach):
             yield coverage

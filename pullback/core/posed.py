@@ -14,11 +14,19 @@ from torch import Tensor, nn
 from .edits import edit
 from .errors import SiteError
 from .inputs import ModelInputs
+from .overrides import rules_resumed
 from .points import Point, leaves, map_leaves, or_zeros, take
 from .sites import Site
 from .targets import Resolved
 
-__all__ = ["PosedModel", "Variant", "gradients_enabled", "kept_random_state", "random_state_lock"]
+__all__ = [
+    "PosedModel",
+    "Variant",
+    "gradient_of",
+    "gradients_enabled",
+    "kept_random_state",
+    "random_state_lock",
+]
 
 
 random_state_lock = threading.RLock()
@@ -77,14 +85,25 @@ class PosedModel:
         outputs = tuple(self._call(variant, z, examples) for variant in self.variants)
         return outputs if self.paired else outputs[0]
 
-    def scores(self, z: Point, examples: Tensor, asked: Tensor) -> Tensor:
-        """One score per row, (R,), differentiable in z. ``asked`` says which target each row is for."""
+    def scores(
+        self,
+        z: Point,
+        examples: Tensor,
+        asked: Tensor,
+        watch: Callable[[Any], None] | None = None,
+    ) -> Tensor:
+        """One score per row, (R,), differentiable in z. ``asked`` says which target each row is for.
+
+        ``watch`` is shown the model's output before the targets score it.
+        """
         place = torch.arange(len(examples))
         if len(self.targets) > 1 and not torch.is_grad_enabled():
             place, first = _same_places(z, examples)
             z, examples = map_leaves(lambda leaf: leaf[first.to(leaf.device)], z), examples[first]
         z = self.held(z, examples)
         output = self.output(z, examples)
+        if watch is not None:
+            watch(output)
         if len(self.targets) == 1:
             return self.score_of(0, output, examples)
         every = torch.stack(
@@ -112,7 +131,7 @@ class PosedModel:
         if len(self.targets) == 1:
             variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
             scores = self.scores(variables, examples, asked)
-            return scores.detach(), _gradient(scores, variables, self.site)
+            return scores.detach(), gradient_of(scores, variables, self.site)
         place, first = _same_places(z, examples)
         unique = map_leaves(lambda leaf: leaf[first.to(leaf.device)].detach().clone().requires_grad_(), z)
         held = self.held(unique, examples[first])
@@ -125,7 +144,7 @@ class PosedModel:
         for number in numbers:
             rows = (asked == number).nonzero()[:, 0]
             score = self.score_of(number, output, examples[first])
-            part = _gradient(score, unique, self.site, keep=number != numbers[-1])
+            part = gradient_of(score, unique, self.site, keep=number != numbers[-1])
             scores[rows] = score.detach().to(scores)[place[rows]]
 
             def fill(into: Tensor, found: Tensor, rows: Tensor = rows) -> Tensor:
@@ -170,11 +189,15 @@ class PosedModel:
         return output
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with kept_random_state(0, self.generators) if self.stochastic else nullcontext():
+        with kept_random_state(0, self.generators) if self.stochastic else nullcontext(), rules_resumed():
             return self.module(*args, **kwargs)
 
 
-def _gradient(scores: Tensor, variables: Point, site: Site, keep: bool = False) -> Point:
+def gradient_of(scores: Tensor, variables: Point, site: Site, keep: bool = False) -> Point:
+    """The gradient of the sum of scores with respect to the leaves of a point at the site.
+
+    Raises SiteError where no differentiable path leads from there to the scores.
+    """
     if not scores.requires_grad:
         raise SiteError(
             f'the score does not depend on "{site}" through differentiable operations: the forward detaches it, '

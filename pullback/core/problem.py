@@ -7,18 +7,20 @@ Everything a method does is asked of a problem: ``score``, ``grad``, and the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .audit import audit, require_covered
+from .audit import GRADIENT, audit, require_covered
 from .errors import InputError, MethodError
-from .overrides import Rule, overrides
-from .points import Point, leaves, map_leaves, or_zeros, take, widest
-from .posed import PosedModel, gradients_enabled
+from .inputs import nested_tensors
+from .lean import lean_backward
+from .overrides import Rule, overrides, rules_paused
+from .points import Point, leaves, map_leaves, take, widest
+from .posed import PosedModel, gradient_of, gradients_enabled
 from .resources import HELD_COPIES, PeakMeter, Resources, is_out_of_memory
 
 __all__ = ["Domain", "Problem", "take_slice"]
@@ -166,7 +168,10 @@ class Problem:
         """Scores (R,) and gradients of R rows, row r being about example ``index[r]``. Not divided into chunks."""
         examples, asked = self.examples[index], self.asked[index]
         self.evaluations.index_add_(0, examples * len(self.posed.targets) + asked, torch.ones_like(examples))
-        with self.posed.lock, gradients_enabled():
+        # rules may need what a lean backward lets go of
+        smallest = None if self.rules else self.resources.lean_from(len(index))
+        lean = nullcontext() if smallest is None else lean_backward(smallest)
+        with self.posed.lock, gradients_enabled(), lean:
             if not self.domains and not self.rules:
                 return self.posed.gradients(z, examples, asked)
             return self._through(z, examples, asked)
@@ -264,29 +269,52 @@ class Problem:
     def _through(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
         """Scores and gradients through a change of variable and under rules."""
         variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
-        with self._overridden() as check:
-            scores = self.posed.scores(self._synthesis(variables), examples, asked)
-            check(scores)
-            found = torch.autograd.grad(scores.sum(), leaves(variables), allow_unused=True)
-        return scores.detach(), or_zeros(found, variables)
+        with self._overridden() as audited:
+            with (
+                rules_paused()
+            ):  # rules are the model's: the domain and the target keep their own derivatives
+                synthesis = self._synthesis(variables)
+                outputs: list[Any] = []
+                scores = self.posed.scores(synthesis, examples, asked, outputs.append)
+            if self.rules and not scores.requires_grad:
+                raise MethodError(
+                    f'under these rules nothing leads from "{self.site}" to the score: they hold everything between '
+                    "constant, for example the softmax of a model that returns probabilities, a sigmoid as hidden "
+                    "activation or, at a query or key, the attention weights. Take the score before it, another site, "
+                    'attention="gradient", or put ShiftedIdentityRule(("sigmoid",)) before the preset.'
+                )
+            audited(scores, outputs, synthesis)
+            return scores.detach(), gradient_of(scores, variables, self.posed.site)
 
     @contextmanager
     def _overridden(self) -> Any:
         if not self.rules:
-            yield lambda scores: None
+            yield lambda scores, outputs, synthesis: None
             return
         module = self.posed.module
         if not isinstance(module, torch.nn.Module):
             raise MethodError("rules need a torch.nn.Module; a plain callable cannot be looked into.")
         with overrides(module, self.rules) as coverage:
 
-            def check(scores: Tensor) -> None:
-                uncovered = audit(scores, coverage)
+            def audited(scores: Tensor, outputs: Any, synthesis: Point) -> None:
+                uncovered = audit(scores, coverage, above=[*nested_tensors(outputs)], below=leaves(synthesis))
                 if self.uncovered == "error":
-                    require_covered(uncovered, ", ".join(repr(rule) for rule in self.rules))
-                self.record(coverage=coverage.summary())
+                    texts = [repr(rule) for rule in self.rules]
+                    named = ", ".join(texts) if len(texts) <= 3 else f"the {len(texts)} given"
+                    require_covered(uncovered, named)
+                unseen = [
+                    {
+                        "operation": each.operation,
+                        "module": each.module_path,
+                        "rule": GRADIENT,
+                        "count": each.count,
+                    }
+                    for each in uncovered
+                    if (each.operation, each.module_path) not in coverage.plain
+                ]
+                self.record(coverage=coverage.summary() + unseen)
 
-            yield check
+            yield audited
 
     def _require_shape(self, z: Point, rows: int | None) -> int:
         given, wanted = leaves(z), leaves(self.point)

@@ -112,7 +112,7 @@ class CleanPass:
                     for own, state in meter.generators.items():
                         own.set_state(state)
         if isinstance(meter, AllocationMeter):
-            self.resources.row_bytes = meter.bytes // (self.read.batch if rows is None else len(rows))
+            self.resources.learn(meter, self.read.batch if rows is None else len(rows))
         if self.site.kind == "embeddings":
             self.site, point = found.resolve()
             self.points.append(point)

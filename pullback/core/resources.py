@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InputError
 from .inputs import nested_tensors
+from .lean import KERNELS, SMALLEST
 
 __all__ = [
     "HELD_COPIES",
@@ -44,6 +45,10 @@ BACKWARD_FACTOR = 2.0
 ROW_COPIES = 2
 SUM_COPIES = 7
 HELD_COPIES = 6
+# The backward is lean where that lets go of this much of what the forward allocates; in transformers it is little.
+LEAN_SHARE = 0.25
+# Under a budget it is from small rows on, whatever the time: memory is what was asked for.
+LEAN_ROW_UNDER_BUDGET = SMALLEST // 64
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -88,13 +93,16 @@ class AllocationMeter(TorchDispatchMode):
 
     ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws``
     says whether any used a random generator; ``generators`` are those that are not torch's own, with their states
-    before. A write into a storage of ``protected`` raises SharedWriteError before it happens.
+    before. ``droppable`` are the bytes that a lean backward need not keep, ``largest`` the most elements of one tensor
+    among them. A write into a storage of ``protected`` raises SharedWriteError before it happens.
     """
 
     def __init__(self, protected: frozenset[int] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.draws = False
+        self.droppable = 0
+        self.largest = 0
         self.generators: dict[torch.Generator, Tensor] = {}
         self.protected = protected
 
@@ -108,6 +116,9 @@ class AllocationMeter(TorchDispatchMode):
         given.update(_pointer(value) for value in kwargs.values() if isinstance(value, Tensor))
         if self.protected and func._schema.is_mutable and not self.protected.isdisjoint(given):
             self._require_private(func, args, kwargs)
+        if func in KERNELS:
+            self.droppable += args[0].numel() * args[0].element_size()
+            self.largest = max(self.largest, args[0].numel())
         output = func(*args, **kwargs)
         for tensor in (output,) if isinstance(output, Tensor) else _operands(output or ()):
             if _pointer(tensor) not in given:
@@ -203,6 +214,8 @@ class Resources:
         chunk: rows at once if given; None for automatic.
         budget: bytes the evaluation may hold beyond what exists already, or None.
         halved: how often memory ran out and the chunk was halved.
+        row_bytes: what the first forward pass allocated per row.
+        lean_row: elements per row of the largest tensor that a lean backward lets go of; 0 where it does not pay.
     """
 
     def __init__(
@@ -216,6 +229,7 @@ class Resources:
         self.budget = None if memory_budget is None else parse_bytes(memory_budget)
         self.halved = 0
         self.row_bytes: int | None = None
+        self.lean_row = 0
         self._chosen: int | None = self.chunk
         self._measured = False
 
@@ -223,6 +237,18 @@ class Resources:
     def chosen(self) -> int | None:
         """The chunk in use, or None where none was needed yet."""
         return self._chosen
+
+    def learn(self, meter: AllocationMeter, rows: int) -> None:
+        """Take in what the first forward pass of so many rows allocated."""
+        self.row_bytes = meter.bytes // rows
+        self.lean_row = meter.largest // rows if meter.droppable >= LEAN_SHARE * meter.bytes else 0
+
+    def lean_from(self, rows: int) -> int | None:
+        """How many elements an operation must have to be lean in an evaluation of so many rows; None: none is lean."""
+        if self.budget is None:
+            return SMALLEST if rows * self.lean_row >= SMALLEST else None
+        # the same at every number of rows, so that the peaks of one and of two rows tell that of many
+        return 1 if self.lean_row >= LEAN_ROW_UNDER_BUDGET else None
 
     def rows(
         self, device: torch.device, probe: Callable[[int], int], point_bytes: int = 0, held: int = 0

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pullback.attribution import METHODS
+from pullback.attribution.relevance import rules_of
 from pullback.core import errors
+from pullback.core.audit import GRADIENT
 from pullback.core.points import leaves, map_leaves, total
 from pullback.core.pose import pose, unsettled
 from pullback.core.problem import Problem
@@ -53,6 +55,15 @@ _PROMISES: dict[str, tuple[bool | None, str]] = {
     "VarGrad": (False, "a variance over noise; never negative, adds up to nothing"),
     "GradCAM": (False, "a map of one layer; adds up to nothing"),
     "LayerCAM": (False, "a map of one layer; adds up to nothing"),
+    "Relevance": (None, 'adds up to the score less what biases absorb, with attention="detach"'),
+    "LRP": (False, "conserves relevance but for what biases absorb; an operation without a rule raises"),
+    "RelP": (None, "adds up to the score less what biases absorb: see conservation_report"),
+    "CPLRP": (None, "adds up to the score less what biases absorb: see conservation_report"),
+    "AttnLRP": (False, "the softmax keeps a part of the relevance; adds up to nothing"),
+    "MambaLRP": (None, "adds up to the score less what biases absorb: see conservation_report"),
+    "ExcitationPullback": (False, "a gradient through soft gates; it does not add up to the score"),
+    "SemanticPullback": (False, "a gradient through soft gates; it does not add up to the score"),
+    "PullbackAscent": (False, "a displacement in units of the value; adds up to nothing"),
     "InDomain": (None, "as the method inside"),
     "Captum": (False, "by default captum's Saliency, the unsigned gradient; adds up to nothing"),
     "RandomAttribution": (False, "a control that knows nothing of the model"),
@@ -101,6 +112,7 @@ class Diagnosis:
     site: str
     point: tuple[tuple[int, ...], ...]
     tried: bool
+    coverage: tuple[str, ...]
     methods: tuple[Verdict, ...]
     obstacles: tuple[str, ...]
 
@@ -131,6 +143,7 @@ class Diagnosis:
             row("attention", self.attention),
             row("activations", self.activations, "none recognised"),
             row("path methods", self.convergence),
+            row("rules of RelP()", self.coverage, "not tried"),
             row("default site", self.site + (f", value of shape {point}" if point else "")),
             "  methods" + ("" if self.tried else " (not tried: give inputs to try each at low cost)"),
         ]
@@ -207,6 +220,7 @@ def diagnose(
         site=problem.site if problem is not None else site or _default_site(model),
         point=() if problem is None else tuple(tuple(leaf.shape) for leaf in leaves(problem.point)),
         tried=problem is not None,
+        coverage=() if problem is None else _coverage(problem),
         methods=tuple(_verdict(name, cls, problem, convergence) for name, cls in METHODS.items()),
         obstacles=tuple(dict.fromkeys(obstacles)),
     )
@@ -275,6 +289,20 @@ def _verdict(name: str, cls: type[Any], problem: Problem | None, convergence: st
         exact, measured = _adds_up(values, problem)
         remark = "; ".join(part for part in (remark, measured) if part)
     return Verdict(name, True, exact, remark)
+
+
+def _coverage(problem: Problem) -> tuple[str, ...]:
+    """What RelP's rules do with each kind of operation here, most frequent first; the plain gradient says where."""
+    ruled = problem.fresh().under(rules_of("relp"), uncovered="gradient")
+    refused = _refused(ruled.grad)
+    if refused:
+        return tuple(refused)
+    kinds: Counter[str] = Counter()
+    for entry in ruled.diagnostics.get("coverage", ()):
+        rule = f"{entry['rule']}".split("(")[0]
+        place = f"the plain gradient in {entry['module']!r}" if rule == GRADIENT else rule
+        kinds[f"{entry['operation']} by {place}"] += entry["count"]
+    return tuple(f"{text} ({count})" for text, count in kinds.most_common()) or ("nothing to act on",)
 
 
 def _adds_up(values: Any, problem: Problem) -> tuple[bool, str]:

@@ -23,24 +23,35 @@ from .baselines import (
 )
 from .cam import GradCAM, LayerCAM
 from .captum_adapter import Captum
+from .conservation import conservation_report
 from .controls import EdgeDetector, RandomAttribution
 from .domains import InDomain
 from .expected_gradients import ExpectedGradients
+from .fullgrad import FullGrad, FullGradTerms, fullgrad_terms
 from .gradient import Gradient, InputXGradient
 from .integrated_gradients import IntegratedGradients
+from .pullback_ascent import PullbackAscent
+from .pullbacks import ExcitationPullback, SemanticPullback
+from .relevance import CPLRP, LRP, AttnLRP, MambaLRP, Relevance, RelP
 from .smoothing import SmoothGrad, VarGrad
 
 __all__ = [
     "ALIASES",
     "BASELINES",
+    "CPLRP",
+    "LRP",
     "METHODS",
+    "AttnLRP",
     "Blur",
     "Captum",
     "ChannelMean",
     "Constant",
     "Dataset",
     "EdgeDetector",
+    "ExcitationPullback",
     "ExpectedGradients",
+    "FullGrad",
+    "FullGradTerms",
     "Given",
     "GradCAM",
     "Gradient",
@@ -48,14 +59,21 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "LayerCAM",
+    "MambaLRP",
     "MeanEmbedding",
+    "PullbackAscent",
     "RandomAttribution",
+    "RelP",
+    "Relevance",
+    "SemanticPullback",
     "SmoothGrad",
     "TokenEmbedding",
     "Uniform",
     "VarGrad",
     "Zeros",
     "as_captum",
+    "conservation_report",
+    "fullgrad_terms",
 ]
 
 METHODS: Mapping[str, type[Any]] = MappingProxyType(
@@ -70,6 +88,16 @@ METHODS: Mapping[str, type[Any]] = MappingProxyType(
             ExpectedGradients,
             GradCAM,
             LayerCAM,
+            FullGrad,
+            Relevance,
+            LRP,
+            RelP,
+            CPLRP,
+            AttnLRP,
+            MambaLRP,
+            ExcitationPullback,
+            SemanticPullback,
+            PullbackAscent,
             InDomain,
             Captum,
             RandomAttribution,

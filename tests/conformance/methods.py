@@ -17,7 +17,12 @@ import pullback as pb
 # small enough for a suite that runs everything on everything
 SMALL: dict[str, Any] = {"samples": 4, "steps": 6, "max_steps": 9, "iterations": 3}
 # parameters without a usable default
-GIVEN: dict[str, dict[str, Any]] = {"Captum": {"name": "Saliency"}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "Captum": {"name": "Saliency"},
+    "MambaLRP": {"constant": ()},
+    "ExcitationPullback": {"absent": "gradient"},  # the nets here are smooth
+    "PullbackAscent": {"step_size": 0.5},
+}
 # methods that live at a layer; all others are tried at the input
 LAYER_ONLY = {"GradCAM": "2", "LayerCAM": "2"}
 # methods that only exist at the input (or do not say where they are)
@@ -68,7 +73,7 @@ def smooth_net() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(),
+            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(),
             nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4),
         )  # fmt: skip
     return net.double().eval()

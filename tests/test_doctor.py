@@ -168,3 +168,17 @@ def test_a_language_model_is_explained_at_its_embeddings() -> None:
     assert "1/n²" in found.convergence
     assert any("lm_head.weight" in names for names in found.tied_parameters)
     assert diagnose(model).site == "embeddings"
+
+
+def test_coverage_says_what_each_rule_handles_and_what_none_does() -> None:
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.cdist(x, torch.ones(2, 3))
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3), Distances())
+    found = diagnose(net, torch.ones(1, 4))
+    assert found.coverage == ("gelu by IdentityRule (2)", "cdist by the plain gradient in '5' (1)")
+    assert "rules of RelP()" in str(found)
+    assert not verdicts(found)["RelP"].works
+    assert "covers cdist in module '5', 1 call" in verdicts(found)["RelP"].remark
+    assert diagnose(nn.Linear(4, 3), torch.ones(1, 4)).coverage == ("nothing to act on",)

@@ -198,9 +198,18 @@ class MeanEmbedding:
         count = len(cast(Tensor, module.weight))
         with torch.no_grad():
             # called rather than read, since some models scale inside their embedding module
-            parts = [widest(module(ids.to(problem.device))).sum(0) for ids in torch.arange(count).split(8192)]
+            parts = [
+                widest(_looked_up(module, ids.to(problem.device))).sum(0)
+                for ids in torch.arange(count).split(8192)
+            ]
         mean = torch.stack(parts).sum(0) / count
         return map_leaves(lambda leaf: mean.to(leaf).expand_as(leaf).clone(), problem.point)
+
+
+def _looked_up(module: Any, ids: Tensor) -> Tensor:
+    found = module(ids)
+    # quantised models return scales beside the values
+    return cast(Tensor, found[0] if isinstance(found, tuple) else found)
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,7 @@ class TokenEmbedding:
                 "Use MeanEmbedding(), or give a token id."
             )
         with torch.no_grad():
-            row = embedding_module(problem)(torch.tensor([token], device=problem.device))[0]
+            row = _looked_up(embedding_module(problem), torch.tensor([token], device=problem.device))[0]
         return map_leaves(lambda leaf: row.to(leaf).expand_as(leaf).clone(), problem.point)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,23 +12,50 @@ from ..core.points import Point, contract, leaves, map_leaves, take, total, wide
 from ..core.problem import Problem
 from .paths import gradient_on_path
 
-__all__ = ["refine"]
+__all__ = ["MIDPOINT", "TRAPEZOID", "NestedRule", "refine"]
 
-FIRST_LEVEL = 3
-# Measured in benchmarks/convergence.py: where tripling shrinks the change to less than this, the error falls as 1/n²
-# or faster (smooth nets) and the next change predicts it; elsewhere it falls as 1/n (ReLU nets), and the error of a
-# level is 0.4 of its change on average.
+# Measured in benchmarks/convergence.py on nets with kinks: where tripling shrinks the change to less than this, the
+# error falls as 1/n² or faster and the next change predicts it; elsewhere it falls as 1/n, and the error of a level
+# is 0.4 of its change on average.
 SMOOTH_RATIO = 0.18
 KINKED_SHARE = 0.4
+SINGULAR = 100  # times the mean of the path: a gradient at an end that says nothing about the path
+SLOWEST = 0.75  # a change that shrinks less than this says nothing about where the changes go
+
+
+@dataclass(frozen=True)
+class NestedRule:
+    """Levels of equal intervals, each of which keeps the nodes of the level before.
+
+    Attributes:
+        first: intervals of the first level.
+        growth: how many times as many the next level has.
+        ends: whether both ends of the path are nodes too, with half the weight.
+        new_nodes: intervals -> the nodes inside the path that a level adds.
+        estimate: (last change, change before or None) -> the error of the level, per example.
+    """
+
+    first: int
+    growth: int
+    ends: bool
+    new_nodes: Callable[[int], Tensor]
+    estimate: Callable[[Tensor, Tensor | None], Tensor]
 
 
 def refine(
-    problem: Problem, start: Point, delta: Point, change_of_score: Tensor, tol: float, max_steps: int
+    problem: Problem,
+    start: Point,
+    delta: Point,
+    change_of_score: Tensor,
+    tol: float,
+    max_steps: int,
+    rule: NestedRule,
 ) -> Point:
-    """Integrated gradients by midpoint levels 3, 9, 27, ..., each example until its own error is within ``tol``.
+    """Integrated gradients by the levels of a nested rule, each example until its own error is within ``tol``.
 
-    Tripling keeps every node of the level before. An example leaves the batch when its estimated error (relative to
-    the norm of the map) and its completeness gap (relative to the change of the score) are within ``tol``.
+    An example leaves the batch when its estimated error (relative to the norm of the map) and its completeness gap
+    (relative to the change of the score) are within ``tol``. One that never does has ends of the path left out whose
+    gradient is beyond all others.
 
     Records ``error`` (B,) the estimate, relative to the norm of the map, and ``converged`` (B,).
     """
@@ -37,18 +67,21 @@ def refine(
     converged = torch.zeros(batch, dtype=torch.bool)
     active = torch.arange(batch)
     sums: Point | None = None
+    ends = _weighted_gradients(problem, start, torch.tensor([0.0, 1.0]).double(), 0.5) if rule.ends else None
     change: Tensor | None = None
-    steps = FIRST_LEVEL
-    while len(active) and steps <= max_steps:
-        sums = _added(sums, _new_gradients(problem.rows(active), take(start, active), steps))
-        values = map_leaves(lambda g, d: contract(g / steps, widest(d)), sums, take(delta, active))  # noqa: B023
+    steps = rule.first
+    while len(active) and steps + rule.ends <= max_steps:
+        fresh = _weighted_gradients(problem.rows(active), take(start, active), rule.new_nodes(steps), 1.0)
+        sums = fresh if sums is None else map_leaves(torch.add, sums, fresh)
+        every = sums if ends is None else map_leaves(torch.add, sums, take(ends, active))
+        values = map_leaves(lambda g, d: contract(g / steps, widest(d)), every, take(delta, active))  # noqa: B023
         size = norm(values).cpu()
-        if steps > FIRST_LEVEL:
+        if steps > rule.first:
             before, change = (
                 change,
                 relative(norm(map_leaves(torch.sub, values, take(result, active))).cpu(), size),
             )
-            error[active] = estimated_error(change, before)
+            error[active] = rule.estimate(change, before)
         _put(result, values, active)
         gap = (total(values).cpu() - change_of_score[active].cpu()).abs()
         # where attributions cancel to almost nothing, a hundredth of what cancels is the yardstick
@@ -62,8 +95,15 @@ def refine(
         active = active[left]
         sums = map_leaves(lambda leaf: leaf[left.to(leaf.device)], sums)  # noqa: B023
         change = None if change is None else change[left]
-        steps *= 3
+        steps *= rule.growth
     if not converged.all():
+        if ends is not None and sums is not None:
+            inner = map_leaves(lambda leaf: leaf / (steps // rule.growth - 1), sums)
+            parts = [
+                map_leaves(lambda g, d: contract(g, widest(d)), part, take(delta, active))
+                for part in (inner, take(ends, active))
+            ]
+            _leave_out_singular_ends(result, parts[0], parts[1], active)
         problem.note(
             f"{int((~converged).sum())} of {batch} examples did not reach tol={tol} within {max_steps} steps; "
             "raise max_steps, or read their estimated error"
@@ -72,8 +112,20 @@ def refine(
     return result
 
 
-def estimated_error(change: Tensor, before: Tensor | None) -> Tensor:
-    """The error of a level from its change and the change before it, per example."""
+def new_midpoints(steps: int) -> Tensor:
+    """The midpoints that the level of a third as many intervals does not have: of every three, the outer two."""
+    number = torch.arange(steps)
+    fresh = number if steps == MIDPOINT.first else number[number % 3 != 1]
+    return (fresh.double() + 0.5) / steps
+
+
+def new_edges(steps: int) -> Tensor:
+    """The inner edges that the level of half as many intervals does not have: every other one."""
+    return torch.arange(1, steps, 2).double() / steps
+
+
+def error_with_kinks(change: Tensor, before: Tensor | None) -> Tensor:
+    """The error of a midpoint level of a net that may have kinks, where changes fall irregularly."""
     if before is None:
         return KINKED_SHARE * change
     ratio = relative(change, before)
@@ -82,16 +134,30 @@ def estimated_error(change: Tensor, before: Tensor | None) -> Tensor:
     return torch.where(ratio < SMOOTH_RATIO, change * ratio.clamp_min(1 / 9), kinked)
 
 
-def _new_gradients(problem: Problem, start: Point, steps: int) -> Point:
-    """The sum of gradients at the midpoints of a level that the level of a third as many steps does not have."""
-    number = torch.arange(steps)
-    fresh = number if steps == FIRST_LEVEL else number[number % 3 != 1]
-    alpha = (fresh.double() + 0.5) / steps
-    return gradient_on_path(problem, start, alpha, torch.ones_like(alpha))
+def smooth_error(change: Tensor, before: Tensor | None) -> Tensor:
+    """The error of a trapezoidal level of a smooth net: what is left of a geometric series of changes, q / (1 - q).
+
+    The changes of an error that falls as 1/n² have q = 1/4, and leave a third. Less is not believed: pre-norm
+    transformers converge geometrically at first, until the ends of the path bring back 1/n².
+    """
+    if before is None:
+        return change
+    ratio = relative(change, before).clamp(0.25, SLOWEST)
+    return change * ratio / (1 - ratio)
 
 
-def _added(sums: Point | None, fresh: Point) -> Point:
-    return fresh if sums is None else map_leaves(torch.add, sums, fresh)
+MIDPOINT = NestedRule(3, 3, False, new_midpoints, error_with_kinks)
+TRAPEZOID = NestedRule(2, 2, True, new_edges, smooth_error)
+
+
+def _weighted_gradients(problem: Problem, start: Point, alpha: Tensor, weight: float) -> Point:
+    return gradient_on_path(problem, start, alpha, torch.full_like(alpha, weight))
+
+
+def _leave_out_singular_ends(result: Point, inner: Point, ends: Point, active: Tensor) -> None:
+    """The mean of the inner nodes, where the ends' is another order of magnitude: zeros before a norm, for example."""
+    singular = ~(norm(ends) <= SINGULAR * norm(inner)).cpu()  # also where an end is not finite
+    _put(result, take(inner, singular.nonzero()[:, 0]), active[singular])
 
 
 def _put(result: Point, values: Point, active: Tensor) -> None:

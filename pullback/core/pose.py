@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .clean_pass import CleanPass, concatenated
+from .contiguity import contiguous_gradients
 from .continuations import extend
 from .errors import InputError, ModelError, SiteError, TargetError
 from .inputs import ModelInputs, read_inputs
@@ -115,6 +116,7 @@ def _on_shadow(
     writes = any(module.training and unsettled(module) for module in model.modules())
     while True:
         built = shadow(model, private=writes)
+        contiguous_gradients(built.module)
         site = default_site(wanted, read, hookable=not isinstance(built.module, torch.jit.ScriptModule))
         clean = CleanPass(
             built.module, read, site, resources, frozenset() if writes else storages(built.module)

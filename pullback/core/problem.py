@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .audit import GRADIENT, audit, require_covered
+from .domain import Domain, domain_rows, enter, rounding
 from .errors import InputError, MethodError
 from .inputs import nested_tensors
 from .lean import lean_backward
@@ -28,18 +29,6 @@ __all__ = ["Domain", "Problem", "take_slice"]
 Result = TypeVar("Result")
 
 
-class Domain(Protocol):
-    """A change of variable: ``synthesis(analysis(x))`` is x again."""
-
-    def analysis(self, x: Tensor) -> Tensor:
-        """Coefficients of x, (B, ...) real or complex."""
-        ...
-
-    def synthesis(self, coefficients: Tensor) -> Tensor:
-        """The value with these coefficients; differentiable."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model cut at a site, with a score to explain.
@@ -51,6 +40,7 @@ class Problem:
         asked: (B,) which target each row is about (0 unless several were posed together).
         resources: chunk and memory policy.
         diagnostics: what methods record about their result, for example the completeness gap.
+        seen_from: the same problem in the site's own coordinates, where this one is it through domains, unmoved.
     """
 
     point: Point
@@ -65,6 +55,7 @@ class Problem:
     known_score: Tensor | None = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
     memo: dict[Any, Any] | None = None
+    seen_from: Problem | None = None
 
     @property
     def batch(self) -> int:
@@ -90,7 +81,12 @@ class Problem:
         """The problem with its point moved to z (same shape), for example by noise or a patch."""
         self._require_shape(z, self.batch)
         return replace(
-            self, point=map_leaves(torch.Tensor.detach, z), known_score=None, diagnostics={}, memo=None
+            self,
+            point=map_leaves(torch.Tensor.detach, z),
+            known_score=None,
+            diagnostics={},
+            memo=None,
+            seen_from=None,
         )
 
     def rows(self, index: Tensor, z: Point | None = None) -> Problem:
@@ -101,30 +97,49 @@ class Problem:
             point=take(self.point, index) if z is None else map_leaves(torch.Tensor.detach, z),
             examples=self.examples[index],
             asked=self.asked[index],
+            domains=self._domains_of(index),
             known_score=None if known is None else known[index.to(known.device)],
             diagnostics={},
             memo=None,
+            seen_from=None,
         )
 
     def in_domain(self, domain: Domain) -> Problem:
-        """The problem in other coordinates: point' = analysis(point), score'(c) = score(synthesis(c))."""
+        """The problem in other coordinates: point' = analysis(point), score'(c) = score(synthesis(c)).
+
+        Raises MethodError where synthesis does not give the point back and the domain does not say so (``lossy``).
+        """
         if not isinstance(self.point, Tensor):
             raise MethodError(
                 f"a domain needs one tensor, but {len(self.point)} input leaves are explained: "
                 f'{", ".join(self.point)}. Choose one, for example site="input:{next(iter(self.point))}".'
             )
+        domain, coefficients, loss = enter(domain, self.point)
+        kept = loss <= rounding(self.point.dtype)
+        if not kept:
+            self.note(
+                f"{domain!r} loses something: its synthesis is off by {loss:.2g} of the largest entry, and it is the "
+                "synthesis that is explained"
+            )
+        origin = self.seen_from if self.domains else self
         # the score is that of the synthesis, which is another where the domain loses something
         return replace(
             self,
-            point=domain.analysis(self.point),
+            point=coefficients,
             domains=(*self.domains, domain),
             known_score=None,
             memo=None,
+            seen_from=origin if kept else None,
         )
 
     def at_site(self) -> Problem:
         """The problem in the site's own coordinates again."""
-        return replace(self, point=self._synthesis(self.point), domains=(), memo=None)
+        if not self.domains:
+            return self
+        if self.seen_from is not None:
+            return self.seen_from
+        everyone = torch.arange(self.batch)
+        return replace(self, point=self.synthesis(self.point, everyone), domains=(), memo=None)
 
     def analysis(self, z: Point) -> Point:
         """Coefficients, in this problem's domains, of a value at the site."""
@@ -132,16 +147,30 @@ class Problem:
             z = domain.analysis(z)  # type: ignore[arg-type]
         return z
 
+    def synthesis(self, z: Point, index: Tensor) -> Point:
+        """The value at the site of coefficients, row r being about example ``index[r]``; differentiable."""
+        for domain in reversed(self._domains_of(index)):
+            z = domain.synthesis(z)  # type: ignore[arg-type]
+        # transforms may work in a wider precision than the model
+        clean = self.posed.point
+        return z.to(clean.dtype) if self.domains and isinstance(z, Tensor) and isinstance(clean, Tensor) else z
+
     def under(self, rules: Sequence[Rule], *, uncovered: str = "error") -> Problem:
         """The problem with the derivative of matching operations replaced; scores stay as they are."""
         if uncovered not in ("error", "gradient"):
             raise MethodError(f'uncovered is "error" or "gradient", got {uncovered!r}.')
-        return replace(self, rules=tuple(rules), uncovered=uncovered, memo=None)
+        return replace(self, rules=tuple(rules), uncovered=uncovered, memo=None, seen_from=None)
 
     def fresh(self, memo: dict[Any, Any] | None = None) -> Problem:
         """The same problem with its own record, sharing a memo of what other methods computed."""
         notes = {"notes": list(self.diagnostics.get("notes", []))}
-        return replace(self, evaluations=torch.zeros_like(self.evaluations), diagnostics=notes, memo=memo)
+        return replace(
+            self,
+            evaluations=torch.zeros_like(self.evaluations),
+            diagnostics=notes,
+            memo=memo,
+            seen_from=None,
+        )
 
     def evaluations_of_rows(self) -> Tensor:
         """How many gradients were evaluated for each row so far: (B,)."""
@@ -174,7 +203,7 @@ class Problem:
         with self.posed.lock, gradients_enabled(), lean:
             if not self.domains and not self.rules:
                 return self.posed.gradients(z, examples, asked)
-            return self._through(z, examples, asked)
+            return self._through(z, index)
 
     def grad_rows(self, z: Point, index: Tensor) -> Point:
         """Gradients of R rows at once, row r being about example ``index[r]``; in halves when memory runs out."""
@@ -242,7 +271,7 @@ class Problem:
 
     def _scores(self, z: Point, index: Tensor) -> Tensor:
         with self.posed.lock, torch.inference_mode(False), torch.no_grad():
-            scores = self.posed.scores(self._synthesis(z), self.examples[index], self.asked[index])
+            scores = self.posed.scores(self.synthesis(z, index), self.examples[index], self.asked[index])
         return widest(scores.detach())
 
     def _in_halves(
@@ -261,19 +290,18 @@ class Problem:
             part for rows in halves for part in self._in_halves(evaluate, take_slice(z, rows), index[rows])
         ]
 
-    def _synthesis(self, z: Point) -> Point:
-        for domain in reversed(self.domains):
-            z = domain.synthesis(z)  # type: ignore[arg-type]
-        return z
+    def _domains_of(self, index: Tensor) -> tuple[Domain, ...]:
+        """The domains for these rows: what a domain holds of each example follows the rows."""
+        return tuple(domain_rows(domain, index) for domain in self.domains)
 
-    def _through(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
+    def _through(self, z: Point, index: Tensor) -> tuple[Tensor, Point]:
         """Scores and gradients through a change of variable and under rules."""
+        examples, asked = self.examples[index], self.asked[index]
         variables = map_leaves(lambda leaf: leaf.detach().clone().requires_grad_(), z)
         with self._overridden() as audited:
-            with (
-                rules_paused()
-            ):  # rules are the model's: the domain and the target keep their own derivatives
-                synthesis = self._synthesis(variables)
+            # rules are the model's: the domain and the target keep their own derivatives
+            with rules_paused():
+                synthesis = self.synthesis(variables, index)
                 outputs: list[Any] = []
                 scores = self.posed.scores(synthesis, examples, asked, outputs.append)
             if self.rules and not scores.requires_grad:

@@ -13,7 +13,7 @@ import pullback as pb
 from tests.conformance.fingerprint import of_process
 from tests.models.recurrent import RecurrentClassifier
 from tests.single_input import only
-from tests.zoo.architectures import ARCHITECTURES, gpt2, llama, tokens
+from tests.zoo.architectures import ARCHITECTURES, CORE, gpt2, llama, target_of, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,11 +92,11 @@ def test_pictures_equal_the_cpu(method: str, dtype: torch.dtype, site: str | Non
 
 
 @pytest.mark.parametrize("method", ["gradient", "ig", "smoothgrad of ig"])
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in LEFT_OUT])
+@pytest.mark.parametrize("name", [name for name in CORE if name not in LEFT_OUT])
 def test_architectures_equal_the_cpu(name: str, method: str) -> None:
     model, inputs = ARCHITECTURES[name]()
     model, inputs = model.double(), moved(inputs, torch.float64)
-    target = None if name in ("clip", "segformer") else 1
+    target = target_of(name)
     wanted = pb.explain(model, inputs, target=target, method=METHODS[method])
     found = pb.explain(model.to(CUDA), moved(inputs, device=CUDA), target=target, method=METHODS[method])
     # rotary angles and some norms are float32 in transformers, whatever the model's dtype

@@ -20,6 +20,8 @@ pytest.importorskip("transformers")
 
 
 def tensors(output: Any) -> dict[str, Tensor]:
+    if isinstance(output, Tensor):
+        return {"output": output}
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
@@ -34,14 +36,16 @@ def test_architecture(name: str) -> None:
     private = built.module
     embeddings: list[Tensor] = []
 
-    def grow(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if output.requires_grad:
+    def grow(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.requires_grad:  # a router gives several
             return output
         embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
+        return embeddings[-1].clone()  # what follows may work in place
 
     starts = [
-        module for module in private.modules() if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d))
+        module
+        for module in private.modules()
+        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
     ]
     for start in starts:
         start.register_forward_hook(grow)

@@ -25,31 +25,54 @@ from .cam import GradCAM, LayerCAM
 from .captum_adapter import Captum
 from .conservation import conservation_report
 from .controls import EdgeDetector, RandomAttribution
-from .domains import InDomain
+from .domains import (
+    DCT,
+    ICA,
+    PCA,
+    STFT,
+    Bands,
+    Chain,
+    Fourier,
+    InDomain,
+    Linear,
+    Polar,
+    SeasonalTrend,
+    Wavelet,
+)
 from .expected_gradients import ExpectedGradients
 from .fullgrad import FullGrad, FullGradTerms, fullgrad_terms
 from .gradient import Gradient, InputXGradient
 from .integrated_gradients import IntegratedGradients
+from .patching import patching_scores
 from .pullback_ascent import PullbackAscent
 from .pullbacks import ExcitationPullback, SemanticPullback
 from .relevance import CPLRP, LRP, AttnLRP, MambaLRP, Relevance, RelP
+from .rules import register_rule
 from .smoothing import SmoothGrad, VarGrad
 
 __all__ = [
     "ALIASES",
     "BASELINES",
     "CPLRP",
+    "DCT",
+    "DOMAINS",
+    "ICA",
     "LRP",
     "METHODS",
+    "PCA",
+    "STFT",
     "AttnLRP",
+    "Bands",
     "Blur",
     "Captum",
+    "Chain",
     "ChannelMean",
     "Constant",
     "Dataset",
     "EdgeDetector",
     "ExcitationPullback",
     "ExpectedGradients",
+    "Fourier",
     "FullGrad",
     "FullGradTerms",
     "Given",
@@ -59,21 +82,27 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "LayerCAM",
+    "Linear",
     "MambaLRP",
     "MeanEmbedding",
+    "Polar",
     "PullbackAscent",
     "RandomAttribution",
     "RelP",
     "Relevance",
+    "SeasonalTrend",
     "SemanticPullback",
     "SmoothGrad",
     "TokenEmbedding",
     "Uniform",
     "VarGrad",
+    "Wavelet",
     "Zeros",
     "as_captum",
     "conservation_report",
     "fullgrad_terms",
+    "patching_scores",
+    "register_rule",
 ]
 
 METHODS: Mapping[str, type[Any]] = MappingProxyType(
@@ -120,6 +149,13 @@ BASELINES: Mapping[str, type[Any]] = MappingProxyType(
             MeanEmbedding,
             TokenEmbedding,
         )
+    }
+)
+
+DOMAINS: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        cls.__name__: cls
+        for cls in (Fourier, STFT, DCT, Wavelet, ICA, PCA, SeasonalTrend, Polar, Linear, Chain)
     }
 )
 

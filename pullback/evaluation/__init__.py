@@ -6,7 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pullback.evaluation.agreement import PatchingReport, patching_report
     from pullback.evaluation.attack import PGD
+    from pullback.evaluation.faithfulness import curve_intervals, deletion, insertion
+    from pullback.evaluation.imputation import NoisyLinear
     from pullback.evaluation.localization import leakage
     from pullback.evaluation.results import MetricResult
     from pullback.evaluation.retraining import Trained, TrainSpec, multilayer_perceptron, train
@@ -23,14 +26,20 @@ __all__ = [
     "PGD",
     "Interval",
     "MetricResult",
+    "NoisyLinear",
     "PairedDifference",
+    "PatchingReport",
     "TrainSpec",
     "Trained",
     "bootstrap_interval",
+    "curve_intervals",
+    "deletion",
     "hierarchical_bootstrap",
+    "insertion",
     "leakage",
     "multilayer_perceptron",
     "paired_difference",
+    "patching_report",
     "student_interval",
     "train",
 ]
@@ -38,7 +47,13 @@ __all__ = [
 # Public name -> file. Add a metric here, in __all__, and above for the type checker.
 _FILES = {
     "leakage": "localization",
+    "NoisyLinear": "imputation",
+    "curve_intervals": "faithfulness",
+    "deletion": "faithfulness",
+    "insertion": "faithfulness",
     "MetricResult": "results",
+    "PatchingReport": "agreement",
+    "patching_report": "agreement",
     "PGD": "attack",
     "TrainSpec": "retraining",
     "Trained": "retraining",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pullback as pb
 from pullback.attribution.patching import patching_scores
-from pullback.evaluation.patching_report import PatchingReport, patching_report
+from pullback.evaluation.agreement import PatchingReport, patching_report
 from tests.attribution.patching_models import gpt2, prompts, two_layers
 
 GROUPS = {

@@ -38,7 +38,7 @@ PRODUCTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(_words("linear tensordot linalg_vecdot linalg_matmul _grouped_mm"), (0, 1)),
     **dict.fromkeys(_words("conv1d conv2d conv3d conv_transpose1d conv_transpose2d"), (0, 1)),
     **dict.fromkeys(_words("conv_transpose3d convolution conv_tbc deform_conv2d embedding"), (0, 1)),
-    **dict.fromkeys(_words("addmm baddbmm addbmm addmv addr addcmul"), (1, 2)),
+    **dict.fromkeys(_words("addmm baddbmm addbmm addmv addr addcmul sparse_addmm"), (1, 2)),
     "bilinear": (0, 1, 2),
     "_trilinear": (0, 1, 2),
 }
@@ -75,7 +75,7 @@ LINEAR: frozenset[str] = frozenset(
     complex stft istft fill zero zeros_like ones_like meshgrid block_diag atleast_1d atleast_2d
     atleast_3d lift_fresh values unsafe_split unsafe_split_with_sizes to_dense max_unpool1d max_unpool2d
     max_unpool3d max_unpool2d max_unpool3d permute_copy slice_copy squeeze_copy result_type
-    mkldnn_to_dense mkldnn_reshape rsub
+    mkldnn_to_dense mkldnn_reshape rsub unfold_backward rad2deg deg2rad
     narrow_copy lazy_clone unsafe_index unsafe_index_put
     index_put_impl nan_to_num pack_padded_sequence _pack_padded_sequence _pad_packed_sequence
     """
@@ -106,6 +106,7 @@ NONLINEAR: frozenset[str] = (
     linalg_eigh linalg_pinv lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
     binary_cross_entropy_with_logits cross_entropy_loss flex_attention scatter_reduce index_reduce
+    segment_reduce ndtr log_ndtr
     """
         )
     )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pullback.attribution.implicit_bias.operations import AFFINE, ELEMENTWISE, HOMOGENEOUS, OPERATIONS
 from pullback.attribution.implicit_bias import CLOSED_FORMS, implicit_bias
+from pullback.attribution.implicit_bias.operations import AFFINE, ELEMENTWISE, HOMOGENEOUS, OPERATIONS
 from pullback.core.operations import canonical, canonical_call
 from pullback.core.overrides import Operation
 

@@ -117,10 +117,12 @@ class TanhGate:
         if len(operation.args) < 2:
             return PASS
         left, right = operation.args[:2]
-        tensor, number = (left, right) if isinstance(left, Tensor) else (right, left)
-        if isinstance(number, Tensor) or not number or not carries_signal(tensor):
+        tensor, number = (left, right) if carries_signal(left) else (right, left)
+        if not carries_signal(tensor) or operation_behind(tensor) != "tanh":
             return PASS
-        if operation_behind(tensor) != "tanh":
+        if isinstance(number, Tensor) and (number.dim() or carries_signal(number)):
+            return PASS
+        if not number:
             return PASS
         with torch.no_grad():
             return operation.value()

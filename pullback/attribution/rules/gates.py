@@ -30,7 +30,7 @@ class GateRule:
         logsumexp logcumsumexp log_softmax sqrt rsqrt reciprocal norm linalg_norm linalg_vector_norm
         linalg_matrix_norm var std var_mean std_mean cos sin cosh acos acosh sinc atan2 hypot lgamma digamma
         logit xlogy sign cumprod linalg_inv inverse linalg_pinv linalg_det det logdet linalg_slogdet matrix_exp
-        linalg_matrix_exp linalg_cholesky cholesky
+        linalg_matrix_exp linalg_cholesky cholesky ndtr log_ndtr
         """
     )
     within: str | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.operations import is_nonlinear
 from ...core.overrides import PASS, Operation, with_gradient_of
-from .surrogate import carries_signal, names
+from .surrogate import carries_signal, names, scaled_gradient
 
 __all__ = ["CosineRule", "NormRule"]
 
@@ -44,6 +44,7 @@ class _Layout(NamedTuple):
     shape: tuple[int, ...]
     dims: tuple[int, ...]
     weight: Tensor | None
+    bias: Tensor | None
     epsilon: float | None
     centred: bool = True
 
@@ -53,7 +54,8 @@ class NormRule:
     """``y = (x - mean) / √(var + ε) · γ + β`` with the root constant: ``(I - 11ᵀ/N)(γ ⊙ c) / √(var + ε)`` flows back.
 
     RMS norm has no mean: ``γ ⊙ c / rms``. Holds for layer, RMS, group and instance norm, and for batch norm with batch
-    statistics; hand-written ones follow from the rules for roots and variances. β takes its own share.
+    statistics; hand-written ones follow from the rules for roots and variances. β takes its own share. A γ that is
+    computed from the signal shares by the half rule.
 
     Source: Ali et al. 2022, eq. 11, the variant with a live mean, the only conserving one.
     """
@@ -73,7 +75,7 @@ class NormRule:
         ):
             return PASS
         layout = _LAYOUTS[operation.name](operation) if operation.name in _LAYOUTS else None
-        if layout is None or not carries_signal(x) or carries_signal(layout.weight):
+        if layout is None:
             return PASS
         with torch.no_grad():
             result = operation.value()
@@ -86,26 +88,48 @@ class NormRule:
             epsilon = torch.finfo(x.dtype).eps if layout.epsilon is None else layout.epsilon
             scale = (square + epsilon).rsqrt().to(x.dtype)
         value = result[0] if isinstance(result, tuple) else result
-        weight = value.new_ones(()) if layout.weight is None else layout.weight
         dims = layout.dims if layout.centred else ()
-        covered = _Normalised.apply(x, value, scale, weight, layout.shape, dims)  # type: ignore[no-untyped-call]
+        if carries_signal(layout.weight) or carries_signal(layout.bias):
+            covered = with_gradient_of(value, _modulated(x, value, scale, layout, dims))
+        else:
+            weight = value.new_ones(()) if layout.weight is None else layout.weight
+            covered = _Normalised.apply(x, value, scale, weight, layout.shape, dims)  # type: ignore[no-untyped-call]
         return (covered, *result[1:]) if isinstance(result, tuple) else covered
+
+
+def _modulated(x: Tensor, value: Tensor, scale: Tensor, layout: _Layout, dims: tuple[int, ...]) -> Tensor:
+    """Weight and bias computed from the signal, as in adaptive norms."""
+    with torch.no_grad():
+        seen = x.reshape(layout.shape)
+        normalised = ((seen - seen.mean(dims, keepdim=True) if dims else seen) * scale).reshape(x.shape)
+    one = value.new_ones(())
+    result: Tensor = _Normalised.apply(x, normalised, scale, one, layout.shape, dims)  # type: ignore[no-untyped-call]
+    result = result.reshape(layout.shape)
+    if layout.weight is not None:
+        both = carries_signal(x) and carries_signal(layout.weight)
+        result = result * layout.weight
+        result = scaled_gradient(result, 0.5) if both else result
+    if layout.bias is not None:
+        result = result + layout.bias
+    return result.reshape(x.shape).to(value.dtype)
 
 
 def _last(operation: Operation, place_of_epsilon: int, centred: bool = True) -> _Layout:
     x = operation.args[0]
     shape = operation.argument(1, "normalized_shape")
     count = 1 if isinstance(shape, int) else len(shape)
-    weight = operation.argument(2, "weight")
+    weight, bias = operation.argument(2, "weight"), operation.argument(3, "bias") if centred else None
     epsilon = operation.argument(place_of_epsilon, "eps", 1e-5 if centred else None)
-    return _Layout(tuple(x.shape), tuple(range(-count, 0)), weight, epsilon, centred)
+    return _Layout(tuple(x.shape), tuple(range(-count, 0)), weight, bias, epsilon, centred)
 
 
-def _groups(x: Tensor, groups: int, weight: Tensor | None, epsilon: float) -> _Layout:
+def _groups(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> _Layout:
     batch, channels = x.shape[:2]
     shape = (batch, groups, channels // groups, x[0, 0].numel())
-    seen = None if weight is None else weight.reshape(1, groups, channels // groups, 1)
-    return _Layout(shape, (2, 3), seen, epsilon)
+    factor, added = (
+        None if each is None else each.reshape(1, groups, channels // groups, 1) for each in (weight, bias)
+    )
+    return _Layout(shape, (2, 3), factor, added, epsilon)
 
 
 def _group(operation: Operation) -> _Layout:
@@ -114,27 +138,31 @@ def _group(operation: Operation) -> _Layout:
         x,
         operation.argument(1, "num_groups"),
         operation.argument(2, "weight"),
+        operation.argument(3, "bias"),
         operation.argument(4, "eps", 1e-5),
     )
 
 
 def _native_group(operation: Operation) -> _Layout:
-    x, weight = operation.args[0], operation.argument(1, "weight")
-    return _groups(x, operation.argument(6, "group"), weight, operation.argument(7, "eps"))
+    x, weight, bias = operation.args[0], operation.argument(1, "weight"), operation.argument(2, "bias")
+    return _groups(x, operation.argument(6, "group"), weight, bias, operation.argument(7, "eps"))
 
 
 def _instance(operation: Operation) -> _Layout | None:
     x = operation.args[0]
     if not operation.argument(5, "use_input_stats", True):
         return None
-    return _groups(x, x.shape[1], operation.argument(3, "weight"), operation.argument(7, "eps", 1e-5))
+    weight, bias = operation.argument(3, "weight"), operation.argument(4, "bias")
+    return _groups(x, x.shape[1], weight, bias, operation.argument(7, "eps", 1e-5))
 
 
 def _batch(operation: Operation) -> _Layout:
-    x, weight = operation.args[0], operation.argument(3, "weight")
-    dims = (0, *range(2, x.dim()))
-    seen = None if weight is None else weight.reshape(1, -1, *[1] * (x.dim() - 2))
-    return _Layout(tuple(x.shape), dims, seen, operation.argument(7, "eps", 1e-5))
+    x, dims = operation.args[0], (0, *range(2, operation.args[0].dim()))
+    factor, added = (
+        None if each is None else each.reshape(1, -1, *[1] * (x.dim() - 2))
+        for each in (operation.argument(3, "weight"), operation.argument(4, "bias"))
+    )
+    return _Layout(tuple(x.shape), dims, factor, added, operation.argument(7, "eps", 1e-5))
 
 
 _LAYOUTS: dict[str, Callable[[Operation], _Layout | None]] = {

@@ -26,14 +26,14 @@ class WinnerTakesAll:
         adaptive_max_pool3d adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices
         adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d topk sort msort kthvalue
         median nanmedian mode cummax cummin fmod remainder scatter_reduce index_reduce
+        segment_reduce
         """
     )
     within: str | None = None
 
     def __call__(self, operation: Operation) -> Any:
-        if operation.name in ("scatter_reduce", "index_reduce") and "prod" in (
-            *operation.args[3:],
-            *operation.kwargs.values(),
-        ):
-            return PASS
+        if operation.name in ("scatter_reduce", "index_reduce", "segment_reduce"):
+            named = (*operation.args, *operation.kwargs.values())
+            if any(isinstance(each, str) and each == "prod" for each in named):
+                return PASS
         return operation.value()

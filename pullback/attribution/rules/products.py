@@ -18,7 +18,12 @@ __all__ = ["HalfRule", "PowerRule", "SignalTakesAll"]
 
 ACTIVATIONS = IdentityRule.operations | {"relu", "leaky_relu", "opaque_module"}
 # products with a part that is added, and its position
-ADDED = dict.fromkeys(["addmm", "baddbmm", "addbmm", "addmv", "addr", "addcmul"], 0)
+ADDED = {
+    **dict.fromkeys(["addmm", "baddbmm", "addbmm", "addmv", "addr", "addcmul"], 0),
+    **dict.fromkeys(["linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_tbc"], 2),
+    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], 2),
+    "bilinear": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class HalfRule:
             return PASS
         share = 1 / live
         added = ADDED.get(name)
-        if added is None or not carries_signal(operation.args[added]):
+        if added is None or not carries_signal(operation.argument(added, "bias")):
             return scaled_gradient(operation.value(), share)
         positions = PRODUCTS[name]
         args = tuple(
@@ -54,7 +59,7 @@ class HalfRule:
             for position, value in enumerate(operation.args)
         )
         kwargs = {
-            key: scaled_gradient(value, share) if carries_signal(value) else value
+            key: scaled_gradient(value, share) if key != "bias" and carries_signal(value) else value
             for key, value in operation.kwargs.items()
         }
         return operation.function(*args, **kwargs)

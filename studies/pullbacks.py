@@ -33,6 +33,7 @@ import pullback as pb
 from pullback.datasets import fashion_mnist, mnist
 from pullback.evaluation import PGD, TrainSpec, deletion, insertion, train
 from studies.pullbacks_report import BASE, printed, table, written
+from studies.records import append, finished
 
 METRICS = {"deletion": deletion, "insertion": insertion}
 
@@ -206,27 +207,6 @@ def key(seed: int, data: Images, settings: Settings) -> str:
         digest.update(part.numpy().tobytes())
     digest.update(f"{data.name}/{pb.__version__}/{seed}".encode())
     return digest.hexdigest()[:16]
-
-
-def finished(file: Path) -> dict[str, dict[str, Any]]:
-    """Records by key; a last line that was torn by a crash is ignored."""
-    found = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[record["key"]] = record
-    return found
-
-
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Add one line, on disk when this returns; a torn line before it is ended first."""
-    torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(("\n" if torn else "") + json.dumps(record, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

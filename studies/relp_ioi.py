@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pullback.evaluation.agreement import patching_report
 from studies import ioi
+from studies.records import append, finished
 
 RESULTS = Path(__file__).parent / "results" / "relp_ioi"
 METHODS = ("atp", "relp", "relp without attention", "ig")
@@ -90,18 +91,6 @@ def measured(kind: str, seed: int, settings: Mapping[str, int], checkpoint: Path
 def key_of(kind: str, seed: int, settings: Mapping[str, int]) -> str:
     """What makes a result the same result."""
     return json.dumps({"model": kind, "seed": seed, **settings}, sort_keys=True)
-
-
-def finished(path: Path) -> dict[str, dict[str, Any]]:
-    """Results by key; a line that an interruption cut short counts as missing."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[entry["key"]] = entry
-    return found
 
 
 def table(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -208,8 +197,7 @@ def main() -> None:
             continue
         name = f"{kind}-{seed}-{settings['layers']}x{settings['width']}.safetensors"
         entry = measured(kind, seed, settings, arguments.out / "checkpoints" / name)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **entry}) + "\n")
+        append(log, {"key": key, **entry})
     wanted = [key_of(kind, seed, settings) for kind, seed in models]
     entries = [entry for key, entry in finished(log).items() if key in wanted]
     print(write(entries, arguments.out))

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # module -> what its quick run leaves in the folder given by --out
-STUDIES = {"pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png")}
+STUDIES = {
+    "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
+    "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),
+}
 
 
 def run(study: str, out: Path) -> str:

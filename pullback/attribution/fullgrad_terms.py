@@ -241,6 +241,7 @@ def _record(problem: Problem, index: Tensor, keep: Keeping) -> Recording:
                 variables, examples, asked, lambda output: setattr(recorder, "scoring", True)
             )
             recorder.scoring = False
+            problem.require_path(scores)
             unknown = audit(scores, coverage) if scores.requires_grad else ()
             gradient = gradient_of(scores, variables, posed.site)
     products = map_leaves(lambda x, g: (x.detach() * g).flatten(1), variables, gradient)

@@ -153,7 +153,9 @@ class Problem:
             z = domain.synthesis(z)  # type: ignore[arg-type]
         # transforms may work in a wider precision than the model
         clean = self.posed.point
-        return z.to(clean.dtype) if self.domains and isinstance(z, Tensor) and isinstance(clean, Tensor) else z
+        return (
+            z.to(clean.dtype) if self.domains and isinstance(z, Tensor) and isinstance(clean, Tensor) else z
+        )
 
     def under(self, rules: Sequence[Rule], *, uncovered: str = "error") -> Problem:
         """The problem with the derivative of matching operations replaced; scores stay as they are."""
@@ -304,15 +306,19 @@ class Problem:
                 synthesis = self.synthesis(variables, index)
                 outputs: list[Any] = []
                 scores = self.posed.scores(synthesis, examples, asked, outputs.append)
-            if self.rules and not scores.requires_grad:
-                raise MethodError(
-                    f'under these rules nothing leads from "{self.site}" to the score: they hold everything between '
-                    "constant, for example the softmax of a model that returns probabilities, a sigmoid as hidden "
-                    "activation or, at a query or key, the attention weights. Take the score before it, another site, "
-                    'attention="gradient", or put ShiftedIdentityRule(("sigmoid",)) before the preset.'
-                )
+            self.require_path(scores)
             audited(scores, outputs, synthesis)
             return scores.detach(), gradient_of(scores, variables, self.posed.site)
+
+    def require_path(self, scores: Tensor) -> None:
+        """Raise MethodError where the rules leave no way from the site to the scores."""
+        if self.rules and not scores.requires_grad:
+            raise MethodError(
+                f'under these rules nothing leads from "{self.site}" to the score: they hold everything between '
+                "constant, for example the softmax of a model that returns probabilities, a sigmoid as hidden "
+                "activation or, at a query or key, the attention weights. Take the score before it, another site, "
+                'attention="gradient", or put ShiftedIdentityRule(("sigmoid",)) before the preset.'
+            )
 
     @contextmanager
     def _overridden(self) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.audit import MARK
 from ...core.overrides import PASS, Operation, Rule
-from ..rules.surrogate import carries_signal
+from ..rules.surrogate import carries_signal, scaled_gradient
 from .dispatch import differentiable, implicit_bias
 from .operations import OPERATIONS
 from .parts import ImplicitBias, signal_operands, with_operands, with_tensors
@@ -191,12 +191,24 @@ class _Surrogate:
 def _apart(operation: Operation, result: Any, values: list[Tensor]) -> tuple[Any, list[Tensor]]:
     """The result under names of its own, where another use inside the operation would count in its gradient.
 
-    That is an operand handed back, or one of several results from which another was computed (an LSTM's state).
+    That is an operand handed back, or one of several results from which another was computed (an LSTM's state). A view
+    of a tensor that the operation hides (einsum) gets a node of its own: a later write through another view would
+    otherwise lead around the hook.
     """
+    if len(values) == 1 and _hides_its_base(operation, values[0]):
+        values = [scaled_gradient(values[0], 1.0)]
+        return with_tensors(result, iter(values)), values
     if len(values) == 1 and not any(values[0] is each for each in operation.args):
         return result, values
     values = [each.view_as(each) for each in values]
     return with_tensors(result, iter(values)), values
+
+
+def _hides_its_base(operation: Operation, value: Tensor) -> bool:
+    if not value._is_view():
+        return False
+    known = [each for operand in signal_operands(operation.args, operation.kwargs) for each in (operand, operand._base)]
+    return not any(value._base is each for each in known)
 
 
 def _probe(operand: Tensor) -> Tensor:

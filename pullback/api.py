@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attribution.baselines import Given
+from .attribution.domains.axes import coordinates, signals
 from .attribution.integrated_gradients import IntegratedGradients
 from .attribution.spelling import parse_baseline, parse_method, with_settings
 from .core.errors import InputError, MethodError, TargetError
@@ -338,22 +339,23 @@ def attribute(problem: Problem, method: Any, model: Any, inputs: Any, began: flo
     if all(each.index is not None for each in resolved):
         index = torch.stack([each.index.cpu() for each in resolved if each.index is not None], 1).flatten()
     domains = domains_of(method)
-    point = problem.point
+    seen = problem
     for domain in domains:
-        point = domain.analysis(point)
+        seen = seen.in_domain(domain)
     return Attribution(
         values=map_leaves(torch.Tensor.detach, values),
-        point=point,
+        point=seen.point,
         target=labels if index is None else index,
         score=problem.score(),
         method=repr(method),
         site=problem.site,
         domain=" then ".join(repr(domain) for domain in domains) or None,
-        diagnostics=diagnostics,
+        diagnostics=diagnostics | signals(seen),
         meta={
             "model": type(model).__name__,
             "labels": list(labels),
             "tokens": token_labels(problem, inputs),
+            "coordinates": coordinates(seen),
             "seconds": time.perf_counter() - began,
             "chunk": problem.resources.chosen,
             "dtype": str(leaves(problem.point)[0].dtype).removeprefix("torch."),

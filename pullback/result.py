@@ -22,6 +22,7 @@ __all__ = ["SCHEMA_VERSION", "Attribution", "load"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "pullback.Attribution"
+_SEEN_BESIDE = frozenset({"signal", "parts"})  # what a domain's pictures show, whatever the values
 
 Leaves = Tensor | dict[str, Tensor]
 
@@ -180,7 +181,8 @@ class Attribution:
         kept: dict[str, Any] = {}
         for name, entry in self.diagnostics.items():
             held = entry.values() if isinstance(entry, Mapping) else (entry,)
-            if name not in stale and not any(isinstance(one, Tensor) and one.shape in shapes for one in held):
+            old = any(isinstance(one, Tensor) and one.shape in shapes for one in held)
+            if name in _SEEN_BESIDE or (name not in stale and not old):
                 kept[name] = entry
         if broken_sum:
             kept["notes"] = [*kept.get("notes", ()), broken_sum]
@@ -194,11 +196,21 @@ class Attribution:
 
     # ------------------------------------------------------------------ seeing
 
-    def plot(self, ax: Axes | None = None, example: int = 0, leaf: str | None = None) -> Axes:
-        """One example on matplotlib Axes: a token strip, a heat map, a series or bars, by what it is."""
+    def plot(
+        self,
+        ax: Axes | None = None,
+        example: int = 0,
+        leaf: str | None = None,
+        bands: Mapping[str, tuple[float, float]] | None = None,
+    ) -> Axes:
+        """One example on matplotlib Axes: a token strip, a heat map, a series or bars, by what it is.
+
+        Coefficients of a domain are drawn as spectrum, time-frequency map, levels or components, without ``ax`` below
+        their signal; ``bands`` (name -> low, high) are marked on their frequency axis, in its unit.
+        """
         from pullback.viz.draw import draw
 
-        return draw(self, ax, example, leaf)
+        return draw(self, ax, example, leaf, bands)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """One self-contained offline HTML page."""

@@ -50,6 +50,28 @@ def tiny_cnn() -> nn.Sequential:
     return net
 
 
+class TinySeries(nn.Module):
+    """Two channels of a signal to three classes: convolution, tanh, convolution, GELU, square, mean over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv1d(2, 4, 5, padding=2)
+        self.d = nn.Conv1d(4, 4, 3, padding=1)
+        self.l = nn.Linear(4, 3)
+        fill(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.l(nn.functional.gelu(self.d(self.c(x).tanh())).square().mean(-1))
+        return out
+
+
+def series(length: int = 16) -> tuple[Tensor, Tensor]:
+    """A signal with two channels and its baseline, (1, 2, length) each."""
+    k = torch.arange(length, dtype=torch.float64)
+    first = (2 * torch.pi * 2 * k / 16).cos() + 0.5 * (2 * torch.pi * 5 * k / 16 + 0.3).sin() + 0.2
+    return torch.stack([first, (0.9 * k).sin()])[None], (0.1 * k.cos()).expand(1, 2, length).clone()
+
+
 def tiny_mlp() -> nn.Sequential:
     """A smooth net, 6→8→8→3 with GELU, layer norm and SiLU."""
     net = nn.Sequential(

@@ -40,8 +40,7 @@ class ScoreModule(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         index, z = row_numbers(self.rows, values), rebuilt(self.problem, values[:-1])
-        for domain in reversed(self.problem.domains):
-            z = domain.synthesis(z)  # type: ignore[arg-type]
+        z = self.problem.synthesis(z, index)
         examples, asked = self.problem.examples[index], self.problem.asked[index]
         places = examples * len(self.posed.targets) + asked
         self.problem.evaluations.index_add_(0, places, torch.ones_like(examples))

@@ -14,7 +14,8 @@ from ..core.problem import Problem
 from ..core.smoothness import has_smooth_score
 from .baselines import baseline_point, memo_text
 from .paths import QUADRATURES, gradient_on_path, nodes_and_weights, require_count
-from .refinement import MIDPOINT, TRAPEZOID, refine
+from .refinement import MIDPOINT, TRAPEZOID, Levels, refine
+from .site_path import site_path
 
 __all__ = ["IntegratedGradients", "change_of_score", "path_gradient"]
 
@@ -82,19 +83,22 @@ class IntegratedGradients:
             weighted = path_gradient(problem, start, self.quadrature, self.steps, self.baseline)
             values = map_leaves(lambda g, d: contract(g, widest(d)), weighted, delta)
         else:
-            rule = TRAPEZOID if has_smooth_score(problem) else MIDPOINT
-            values = refine(problem, start, delta, change, self.tol, self.max_steps, rule)
+            path = site_path(problem, start, self.baseline)
+            rule = TRAPEZOID if has_smooth_score(path.problem) else MIDPOINT
+            levels = Levels(path, rule, memo_text(self.baseline))
+            values = refine(problem, levels, delta, change, self.tol, self.max_steps)
         problem.record(gap=total(values) - change)
         return map_leaves(lambda value, leaf: value.to(leaf.real.dtype), values, problem.point)
 
 
 def path_gradient(problem: Problem, start: Point, quadrature: str, steps: int, baseline: Any) -> Point:
     """Σ_k w_k ∇f on the path: (B, *S) in the accumulation dtype; shared between methods that walk the same path."""
-
-    return problem.shared(
+    path = site_path(problem, start, baseline)
+    weighted = path.problem.shared(
         ("path", quadrature, steps, memo_text(baseline)),
-        lambda: gradient_on_path(problem, start, *nodes_and_weights(quadrature, steps)),
+        lambda: gradient_on_path(path.problem, path.start, *nodes_and_weights(quadrature, steps)),
     )
+    return path.pulled_back(weighted)
 
 
 def change_of_score(problem: Problem, start: Point) -> Tensor:

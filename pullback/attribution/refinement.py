@@ -11,8 +11,9 @@ from torch import Tensor
 from ..core.points import Point, contract, leaves, map_leaves, take, total, widest
 from ..core.problem import Problem
 from .paths import gradient_on_path
+from .site_path import SitePath
 
-__all__ = ["MIDPOINT", "TRAPEZOID", "NestedRule", "refine"]
+__all__ = ["MIDPOINT", "TRAPEZOID", "Levels", "NestedRule", "refine"]
 
 # Measured in benchmarks/convergence.py on nets with kinks: where tripling shrinks the change to less than this, the
 # error falls as 1/n² or faster and the next change predicts it; elsewhere it falls as 1/n, and the error of a level
@@ -42,14 +43,51 @@ class NestedRule:
     estimate: Callable[[Tensor, Tensor | None], Tensor]
 
 
+class Levels:
+    """Gradients summed over the nodes that each level of a path adds, per example.
+
+    Methods that walk the same path to different tolerances, or in different linear domains, share them: an example's
+    level is evaluated when the first of them asks for it.
+    """
+
+    def __init__(self, path: SitePath, rule: NestedRule, baseline: str) -> None:
+        self.path = path
+        self.rule = rule
+        self.held: dict[int, tuple[Point, Tensor]] | None = None
+        if path.problem.memo is not None:
+            self.held = path.problem.shared(("levels", rule.first, rule.growth, baseline), dict)
+
+    def ends(self) -> Point | None:
+        """Half of the gradients at both ends of each path; None where the rule has no nodes there."""
+        if not self.rule.ends:
+            return None
+        return self._sums(0, torch.tensor([0.0, 1.0]).double(), 0.5, torch.arange(self.path.problem.batch))
+
+    def added_by(self, steps: int, active: Tensor) -> Point:
+        """Σ ∇f over the new nodes of the level of so many intervals, for these examples."""
+        return self._sums(steps, self.rule.new_nodes(steps), 1.0, active)
+
+    def _sums(self, level: int, alpha: Tensor, weight: float, active: Tensor) -> Point:
+        problem, start = self.path.problem, self.path.start
+
+        def evaluated(rows: Tensor) -> Point:
+            weights = torch.full_like(alpha, weight)
+            return gradient_on_path(problem.rows(rows), take(start, rows), alpha, weights)
+
+        if self.held is None:
+            return evaluated(active)
+        if level not in self.held:
+            empty = map_leaves(lambda leaf: torch.zeros_like(widest(leaf)), problem.point)
+            self.held[level] = empty, torch.zeros(problem.batch, dtype=torch.bool)
+        sums, known = self.held[level]
+        if len(missing := active[~known[active]]):
+            _put(sums, evaluated(missing), missing)
+            known[missing] = True
+        return map_leaves(lambda leaf: leaf.index_select(0, active.to(leaf.device)), sums)
+
+
 def refine(
-    problem: Problem,
-    start: Point,
-    delta: Point,
-    change_of_score: Tensor,
-    tol: float,
-    max_steps: int,
-    rule: NestedRule,
+    problem: Problem, levels: Levels, delta: Point, change_of_score: Tensor, tol: float, max_steps: int
 ) -> Point:
     """Integrated gradients by the levels of a nested rule, each example until its own error is within ``tol``.
 
@@ -59,7 +97,7 @@ def refine(
 
     Records ``error`` (B,) the estimate, relative to the norm of the map, and ``converged`` (B,).
     """
-    batch = problem.batch
+    batch, rule, path = problem.batch, levels.rule, levels.path
     result = map_leaves(
         lambda leaf: torch.zeros(leaf.shape, dtype=widest(leaf.real).dtype, device=leaf.device), delta
     )
@@ -67,14 +105,15 @@ def refine(
     converged = torch.zeros(batch, dtype=torch.bool)
     active = torch.arange(batch)
     sums: Point | None = None
-    ends = _weighted_gradients(problem, start, torch.tensor([0.0, 1.0]).double(), 0.5) if rule.ends else None
+    ends = levels.ends()
     change: Tensor | None = None
     steps = rule.first
     while len(active) and steps + rule.ends <= max_steps:
-        fresh = _weighted_gradients(problem.rows(active), take(start, active), rule.new_nodes(steps), 1.0)
+        fresh = levels.added_by(steps, active)
         sums = fresh if sums is None else map_leaves(torch.add, sums, fresh)
         every = sums if ends is None else map_leaves(torch.add, sums, take(ends, active))
-        values = map_leaves(lambda g, d: contract(g / steps, widest(d)), every, take(delta, active))  # noqa: B023
+        weighted = path.pulled_back(map_leaves(lambda g: g / steps, every), active)  # noqa: B023
+        values = map_leaves(lambda g, d: contract(g, widest(d)), weighted, take(delta, active))
         size = norm(values).cpu()
         if steps > rule.first:
             before, change = (
@@ -100,7 +139,9 @@ def refine(
         if ends is not None and sums is not None:
             inner = map_leaves(lambda leaf: leaf / (steps // rule.growth - 1), sums)
             parts = [
-                map_leaves(lambda g, d: contract(g, widest(d)), part, take(delta, active))
+                map_leaves(
+                    lambda g, d: contract(g, widest(d)), path.pulled_back(part, active), take(delta, active)
+                )
                 for part in (inner, take(ends, active))
             ]
             _leave_out_singular_ends(result, parts[0], parts[1], active)
@@ -148,10 +189,6 @@ def smooth_error(change: Tensor, before: Tensor | None) -> Tensor:
 
 MIDPOINT = NestedRule(3, 3, False, new_midpoints, error_with_kinks)
 TRAPEZOID = NestedRule(2, 2, True, new_edges, smooth_error)
-
-
-def _weighted_gradients(problem: Problem, start: Point, alpha: Tensor, weight: float) -> Point:
-    return gradient_on_path(problem, start, alpha, torch.full_like(alpha, weight))
 
 
 def _leave_out_singular_ends(result: Point, inner: Point, ends: Point, active: Tensor) -> None:

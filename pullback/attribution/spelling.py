@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..core.errors import MethodError, nearest
-from . import ALIASES, BASELINES, METHODS
+from . import ALIASES, BASELINES, DOMAINS, METHODS
 
 __all__ = ["parse_baseline", "parse_method", "with_settings"]
 
@@ -22,7 +22,7 @@ def parse_method(text: str) -> Any:
     Raises:
         MethodError: the text is no call, the name or a parameter is unknown, or a value is out of range.
     """
-    method = _Reader(text, {**METHODS, **BASELINES}).read()
+    method = _Reader(text, {**METHODS, **BASELINES, **DOMAINS}).read()
     if type(method) not in METHODS.values():
         raise MethodError(f"{text!r} is not a method. Methods: {', '.join(METHODS)}.")
     return method
@@ -105,7 +105,7 @@ class _Reader:
                 if isinstance(node, ast.Tuple):
                     return tuple(self._value(part) for part in node.elts)
         raise MethodError(
-            f"{ast.unparse(node)!r} in {self.text!r} is neither a method, a baseline nor a plain value."
+            f"{ast.unparse(node)!r} in {self.text!r} is neither a method, a baseline, a domain nor a plain value."
         )
 
     def _call(self, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from pullback.core.errors import InputError
 from pullback.viz.curves import bars
+from pullback.viz.domain import DomainKind, domain_kind, draw_in_domain
 from pullback.viz.image import heat_map
 from pullback.viz.series import series
 from pullback.viz.tokens import token_strip
@@ -19,17 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Kind", "draw", "kind_of", "point_of", "tokens_of"]
 
-Kind = Literal["tokens", "image", "series", "bars"]
+Kind = Literal["tokens", "image", "series", "bars"] | DomainKind
 _MOST_BARS = 24
 _MOST_CHANNELS = 16
 
 
 def kind_of(attribution: Attribution, leaf: Tensor) -> Kind:
-    """Tokens where there is one for each place; (C, H, W), (H, W) images; (T,), (C, T) series; else bars.
+    """What a domain's coordinates call for; tokens where there is one for each place; images; series; else bars.
 
-    Two dimensions are a series if the first is at most 16 and under a quarter of the second; up to 24 numbers
-    in one dimension are bars.
+    (C, H, W) and (H, W) are images, (T,) and (C, T) series. Two dimensions are a series if the first is at most 16
+    and under a quarter of the second; up to 24 numbers in one dimension are bars.
     """
+    if (in_domain := domain_kind(attribution, leaf)) is not None:
+        return in_domain
     if tokens_of(attribution, leaf) is not None:
         return "tokens"
     shape = leaf.shape[1:]
@@ -56,8 +60,14 @@ def point_of(attribution: Attribution, name: str) -> Tensor | None:
     return None if point is None or point.is_complex() else point
 
 
-def draw(attribution: Attribution, ax: Axes | None = None, example: int = 0, leaf: str | None = None) -> Axes:
-    """One example of one leaf on Axes; the leaf is named where there are several."""
+def draw(
+    attribution: Attribution,
+    ax: Axes | None = None,
+    example: int = 0,
+    leaf: str | None = None,
+    bands: Mapping[str, tuple[float, float]] | None = None,
+) -> Axes:
+    """One example of one leaf on Axes; the leaf is named where there are several. Bands mark a frequency axis."""
     leaves = attribution.leaves()
     if leaf is None and len(leaves) > 1:
         raise InputError(
@@ -70,6 +80,8 @@ def draw(attribution: Attribution, ax: Axes | None = None, example: int = 0, lea
         raise InputError(f"No example {example}; there are {len(attribution)}, counted from 0.")
     values = leaves[name][example]
     kind = kind_of(attribution, leaves[name])
+    if kind in ("spectrum", "time-frequency", "levels", "components"):
+        return draw_in_domain(attribution, kind, example, ax, bands)
     if kind == "tokens":
         tokens = (tokens_of(attribution, leaves[name]) or [])[example]
         return token_strip(tokens, values[: len(tokens)], ax)
@@ -81,4 +93,6 @@ def draw(attribution: Attribution, ax: Axes | None = None, example: int = 0, lea
         return series(values, point[example] if point is not None and fits else None, ax)
     flat = values.reshape(-1)
     shown = flat.abs().nan_to_num().topk(min(_MOST_BARS, flat.numel())).indices.sort().values
-    return bars([str(index) for index in shown.tolist()], flat[shown], ax=ax)
+    names = (attribution.meta.get("coordinates") or {}).get("names") or ()
+    named = names if len(names) == flat.numel() else [str(index) for index in range(flat.numel())]
+    return bars([named[index] for index in shown.tolist()], flat[shown], ax=ax)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-__all__ = ["NEGATIVE", "POSITIVE", "as_array", "colour_map", "new_axes", "symmetric_scale"]
+__all__ = [
+    "NEGATIVE",
+    "POSITIVE",
+    "as_array",
+    "colour_map",
+    "edges",
+    "filled",
+    "new_axes",
+    "new_panels",
+    "symmetric_scale",
+]
 
 POSITIVE, NEGATIVE = (
     (178, 24, 43),
@@ -57,9 +68,36 @@ def colour_map(signed: bool) -> Colormap:
 
 def new_axes(width: float, height: float) -> Axes:
     """Axes in a figure of ``width`` × ``height`` inches that no global state knows of."""
+    return new_panels(width, [height])[0]
+
+
+def new_panels(width: float, heights: Sequence[float]) -> list[Axes]:
+    """Axes one below the other, of these ``heights`` in inches, in a figure that no global state knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure.add_subplot()
+    made: NDArray[Any] = figure.subplots(len(heights), squeeze=False, height_ratios=list(heights))
+    return list(made[:, 0])
+
+
+def edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where the cells around increasing centres (N,) begin and end: (N + 1,).
+
+    >>> edges(np.array([0.0, 1.0, 4.0])).tolist()
+    [-0.5, 0.5, 2.5, 5.5]
+    """
+    half = np.diff(centres) / 2 if len(centres) > 1 else np.array([0.5])
+    first, last = [centres[0] - half[0]], [centres[-1] + half[-1]]
+    return np.concatenate([first, centres[:-1] + half[: len(centres) - 1], last])
+
+
+def filled(ax: Axes, at: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+    """Values (N,) over ``at`` (N,) as a curve, red above 0 and blue below."""
+    shown = np.where(np.isfinite(values), values, 0.0)
+    for bound, colour in ((np.maximum(shown, 0), POSITIVE), (np.minimum(shown, 0), NEGATIVE)):
+        ax.fill_between(at, 0, bound, color=np.array(colour) / 255, linewidth=0, alpha=0.75)
+    ax.plot(at, values, color="0.1", linewidth=0.8)
+    ax.axhline(0, color="0.5", linewidth=0.6)
+    ax.margins(x=0)

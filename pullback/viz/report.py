@@ -67,6 +67,7 @@ class Attributions:
     caption: str
     attributions: Mapping[str, Attribution]
     examples: int = 16
+    bands: Mapping[str, tuple[float, float]] | None = None  # marked on frequency axes, name -> (low, high)
 
 
 Section = Prose | Table | Figure | Attributions
@@ -162,7 +163,7 @@ def _attributions(section: Attributions) -> dict[str, Any]:
     ]
     return {
         "caption": section.caption,
-        "examples": [_example(methods, row) for row in range(shown)],
+        "examples": [_example(methods, row, section.bands) for row in range(shown)],
         "left_out": max([0, *map(len, methods.values())]) - shown,
         "table": _table(Table("", columns, rows)),
         "notes": notes,
@@ -171,7 +172,9 @@ def _attributions(section: Attributions) -> dict[str, Any]:
     }
 
 
-def _example(methods: Mapping[str, Attribution], row: int) -> dict[str, Any]:
+def _example(
+    methods: Mapping[str, Attribution], row: int, bands: Mapping[str, tuple[float, float]] | None
+) -> dict[str, Any]:
     first = next(iter(methods.values()))
     pictures: list[dict[str, Any]] = []
     strips: list[dict[str, Any]] = []
@@ -188,7 +191,7 @@ def _example(methods: Mapping[str, Attribution], row: int) -> dict[str, Any]:
                 colours = _shrunk(heat_colours(values[row]))
                 pictures.append({"name": label, "wide": False, "data": _png(colours)})
                 continue
-            axes = draw(attribution, None, row, leaf)
+            axes = draw(attribution, None, row, leaf, bands)
             pictures.append({"name": label, "wide": True, "data": _figure_png(axes.get_figure(root=True))})
     inputs = [
         {"name": f"input · {leaf}" if len(first.leaves()) > 1 else "input", "wide": False, "data": data}

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pullback.core.errors import InputError
-from pullback.viz.drawing import NEGATIVE, POSITIVE, as_array, colour_map, new_axes, symmetric_scale
+from pullback.viz.drawing import as_array, colour_map, edges, filled, new_axes, symmetric_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,15 +40,12 @@ def series(
     if (np.diff(times) <= 0).any():
         raise InputError("Expected time to increase from sample to sample.")
     if lines is None:
-        _filled(ax, times, array)
+        filled(ax, times, array)
     else:
-        half = np.diff(times) / 2 if len(times) > 1 else np.array([0.5])
-        edges = np.concatenate(
-            [[times[0] - half[0]], times[:-1] + half[: len(times) - 1], [times[-1] + half[-1]]]
-        )
+        around = edges(times)
         scale = symmetric_scale(array, percentile)
         ax.pcolormesh(
-            edges,
+            around,
             [0.0, 1.0],
             np.ma.masked_invalid(array)[None],
             cmap=colour_map(signed=True),
@@ -61,19 +58,10 @@ def series(
         )
         for line in lines:
             ax.plot(times, line, color="0.1", linewidth=1.1, marker="." if len(times) == 1 else None)
-        ax.set_xlim(edges[0], edges[-1])
+        ax.set_xlim(around[0], around[-1])
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
     return ax
-
-
-def _filled(ax: Axes, times: NDArray[np.float64], array: NDArray[np.float64]) -> None:
-    shown = np.where(np.isfinite(array), array, 0.0)
-    for bound, colour in ((np.maximum(shown, 0), POSITIVE), (np.minimum(shown, 0), NEGATIVE)):
-        ax.fill_between(times, 0, bound, color=np.array(colour) / 255, linewidth=0, alpha=0.75)
-    ax.plot(times, array, color="0.1", linewidth=0.8)
-    ax.axhline(0, color="0.5", linewidth=0.6)
-    ax.margins(x=0)
 
 
 def _rows(samples: Tensor | ArrayLike, what: str) -> NDArray[np.float64]:

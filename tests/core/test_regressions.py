@@ -101,6 +101,8 @@ def test_heads_as_many_as_tokens_are_not_padding() -> None:
 class First:
     """A domain that keeps the first two entries only."""
 
+    lossy = True
+
     def analysis(self, x: Tensor) -> Tensor:
         return x[:, :2]
 
@@ -126,6 +128,7 @@ def test_the_score_in_a_lossy_domain_is_that_of_the_synthesis() -> None:
     torch.testing.assert_close(problem.score(), small()(kept)[:, 0].detach(), rtol=0, atol=1e-14)
     found = pb.explain(small(), X, target=0, method=pb.InDomain(First(), pb.IntegratedGradients(tol=0.01)))
     assert found.diagnostics["converged"].all()
+    assert any("loses something" in note for note in found.diagnostics["notes"])
 
 
 def test_values_under_other_names_are_refused() -> None:

@@ -5,16 +5,23 @@
 from pullback.datasets.block_mnist import BlockMNIST, block_mnist
 from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
+from pullback.datasets.series import Windows, ecg5000, ecg_noise_stress, ppg
 from pullback.datasets.theory import Signals, block_signal, signal_coordinates
+from pullback.datasets.windowing import cut_windows
 
 __all__ = [
     "BlockMNIST",
     "Digits",
     "Signals",
+    "Windows",
     "block_mnist",
     "block_signal",
+    "cut_windows",
+    "ecg5000",
+    "ecg_noise_stress",
     "fashion_mnist",
     "load_idx",
     "mnist",
+    "ppg",
     "signal_coordinates",
 ]

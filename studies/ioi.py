@@ -188,11 +188,11 @@ def trained(
 
     Returns the model in eval mode and its accuracies: on training-like sentences, held-out pairs, held-out templates.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_model, save_model
 
     model = build(kind, seed, layers, width)
     if checkpoint is not None and checkpoint.exists():
-        model.load_state_dict(load_file(checkpoint), strict=False)
+        load_model(model, checkpoint)
         return model.eval(), accuracies(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     chance = random.Random(seed)
@@ -216,10 +216,7 @@ def trained(
     model.eval()
     if checkpoint is not None:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        shared = {
-            name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
-        }
-        save_file(shared, checkpoint)
+        save_model(model, str(checkpoint))
     return model, accuracies(model)
 
 

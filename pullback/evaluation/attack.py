@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -44,16 +45,16 @@ class PGD:
 
     def perturb(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Tensor], Tensor],
         x: Tensor,
         y: Tensor,
         bounds: Bounds = (0.0, 1.0),
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """The perturbed batch, detached, within ``radius`` of ``x`` (n, ...) and within ``bounds`` (or None).
 
-        Starts at ``x``, or, given a ``generator``, at a random point of the ball. The model stays in its mode
-        and its parameters get no gradient.
+        Starts at ``x``, or, given a ``generator``, at a random point of the ball; several generators each draw for
+        an equal part of the batch. The model stays in its mode and its parameters get no gradient.
         """
         step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
         delta = torch.zeros_like(x)
@@ -68,7 +69,10 @@ class PGD:
             delta = _clamp(x + self._project(delta), bounds) - x
         return (x + delta).detach()
 
-    def _start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def _start(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+        if not isinstance(generator, torch.Generator):
+            parts = x.split(len(x) // len(generator))
+            return torch.cat([self._start(part, own) for part, own in zip(parts, generator, strict=True)])
         if self.norm == "linf":
             return (2 * torch.rand(x.shape, generator=generator).to(x) - 1) * self.radius
         direction = _unit(torch.randn(x.shape, generator=generator).to(x))

@@ -5,37 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pullback.attribution.baselines import Baseline, Given, baseline_point, default_baseline
-from pullback.attribution.spelling import parse_baseline
-from pullback.core.errors import InputError, MethodError
+from pullback.core.errors import InputError
 from pullback.core.points import Point, map_leaves
-from pullback.core.pose import pose
-from pullback.core.problem import Domain, Problem
-from pullback.evaluation.imputation import NoisyLinear
-from pullback.evaluation.ranking import Granularity, Ranking, ranked_parts, relevance_at
+from pullback.core.problem import Domain
+from pullback.evaluation.imputation import Mask
+from pullback.evaluation.ranking import Granularity, Ranking
+from pullback.evaluation.removal import Attributions, removal, scores_at
 from pullback.evaluation.results import Direction, MetricResult
 from pullback.evaluation.statistics import Interval, bootstrap_interval
 
 __all__ = ["curve_intervals", "deletion", "insertion"]
 
 Order = Literal["descending", "ascending"]
-# A tensor, a dict of tensors by input leaf, a result with .values, or a callable (x, target) giving one of these.
-Attributions: TypeAlias = Any
-Mask: TypeAlias = "str | Tensor | float | Baseline | NoisyLinear | None"
-
 _CHOICES = {
     "order": ("descending", "ascending"),
     "granularity": ("pixel", "element"),
     "ranking": ("signed", "absolute"),
 }
 LEVELS = tuple(step / 20 for step in range(21))
-# Levels are scored together up to about this many rows, so that a few examples do not mean many small forwards.
-_ROWS = 256
 
 
 def deletion(
@@ -167,38 +159,26 @@ class _Steps:
         site: str | None,
         chunk: int | str,
     ) -> MetricResult:
-        _require_domain(attribution, self.domain)
-        mask = _imputation(self.mask)
-        if isinstance(mask, NoisyLinear) and self.domain is not None:
-            raise InputError(
-                'mask="noisy_linear" was given with a domain. It fills in pixels from their neighbours; take another '
-                'mask, such as "zeros".'
-            )
-        problem = pose(
+        removed = removal(
             model,
             x,
-            target=_explained(attribution) if target is None else target,
-            site=getattr(attribution, "site", None) if site is None else site,
+            attribution,
+            target=target,
+            site=site,
             chunk=chunk,
+            mask=self.mask,
+            granularity=self.granularity,
+            ranking=self.ranking,
+            seed=self.seed,
+            domain=self.domain,
         )
-        mask = default_baseline(problem) if mask is None else mask
-        if self.domain is not None:
-            problem = problem.in_domain(self.domain)
-        relevance = relevance_at(attribution, x, problem)
-        parts = ranked_parts(relevance, problem, self.granularity, self.ranking, self.seed)
-        fill = _filling(mask, problem)
+        problem = removed.problem
 
         def masked(level: float) -> Point:
-            first = parts.elements(level, self.order)
-            return fill(map_leaves(torch.logical_not, first) if self.restore else first)
+            first = removed.parts.elements(level, self.order)
+            return removed.fill(map_leaves(torch.logical_not, first) if self.restore else first)
 
-        together = max(1, _ROWS // problem.batch)
-        scores = []
-        for start in range(0, len(self.levels), together):
-            points = [masked(level) for level in self.levels[start : start + together]]
-            rows = map_leaves(lambda *each: torch.cat(each), *points)
-            scores.append(problem.score(rows).reshape(len(points), problem.batch))
-        curve = torch.cat(scores).T.contiguous()
+        curve = scores_at(problem, map(masked, self.levels))
         at = torch.tensor(self.levels, dtype=curve.dtype, device=curve.device)
         higher: Direction = "higher" if self.restore == (self.order == "descending") else "lower"
         return MetricResult(
@@ -209,7 +189,7 @@ class _Steps:
             params={
                 "levels": list(self.levels),
                 "order": self.order,
-                "mask": repr(mask),
+                "mask": removed.mask,
                 "granularity": self.granularity,
                 "ranking": self.ranking,
                 "seed": self.seed,
@@ -218,53 +198,3 @@ class _Steps:
             },
             details={"clean": problem.score()},
         )
-
-
-def _explained(attribution: Attributions) -> Tensor | None:
-    """The class indices that a result says it explains."""
-    target = getattr(attribution, "target", None)
-    if target is None or isinstance(target, Tensor):
-        return target
-    raise InputError(
-        f"The attribution explains {target[0]!r}, which is no class index. Expected the target it was made for: "
-        "target=..."
-    )
-
-
-def _require_domain(attribution: Attributions, domain: Domain | None) -> None:
-    """A result knows the domain of its values; tensors and callables are taken at their shape."""
-    if not hasattr(attribution, "domain"):
-        return
-    have, want = attribution.domain, None if domain is None else repr(domain)
-    if have != want:
-        values = "at the site itself" if have is None else f"in the domain {have}"
-        raise InputError(
-            f"An attribution {values} was given, with domain={want}. Expected one in the domain that is named: explain "
-            "with InDomain(domain, method) and pass the same domain here, or neither."
-        )
-
-
-def _imputation(mask: Mask) -> Baseline | NoisyLinear | None:
-    if isinstance(mask, str):
-        if mask.strip().lower() == "noisy_linear":
-            return NoisyLinear()
-        try:
-            return parse_baseline(mask)  # type: ignore[no-any-return]
-        except MethodError as error:
-            raise MethodError(f'{error} Or "noisy_linear".') from None
-    if isinstance(mask, (Tensor, int, float)):
-        return Given(torch.as_tensor(mask))
-    if mask is None or isinstance(mask, NoisyLinear) or (callable(mask) and not isinstance(mask, type)):
-        return mask
-    raise InputError(
-        f'A mask of type {type(mask).__name__} was given. Expected "zeros", "mean", "blur", "noisy_linear", a tensor, '
-        "or a baseline object such as Blur(5.0)."
-    )
-
-
-def _filling(mask: Baseline | NoisyLinear, problem: Problem) -> Callable[[Point], Point]:
-    """What gives the point with the removed elements, True in its argument, replaced."""
-    if isinstance(mask, NoisyLinear):
-        return lambda removed: map_leaves(mask.fill, problem.point, removed)
-    reference = baseline_point(mask, problem)
-    return lambda removed: map_leaves(torch.where, removed, reference, problem.point)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pullback.attribution.baselines import Baseline, Given, baseline_point
+from pullback.attribution.spelling import parse_baseline
 from pullback.core import noise
-from pullback.core.errors import InputError
-from pullback.core.points import widest
+from pullback.core.errors import InputError, MethodError
+from pullback.core.points import Point, map_leaves, widest
+from pullback.core.problem import Problem
 
-__all__ = ["NoisyLinear"]
+__all__ = ["Mask", "NoisyLinear", "filling", "parsed_mask"]
+
+Mask: TypeAlias = "str | Tensor | float | Baseline | NoisyLinear | None"
 
 _TOLERANCE = 1e-8
 
@@ -56,6 +63,33 @@ class NoisyLinear:
         filled = _solved(planes, gone).to(x.dtype).reshape(x.shape)
         added = self.noise * noise.normal(x.shape[1:], self.seed, 0, "noisy_linear").to(x)
         return torch.where(removed, filled + added, x)
+
+
+def parsed_mask(mask: Mask) -> Baseline | NoisyLinear | None:
+    """A mask from its name, a tensor or an object; None stays None. Raises InputError or MethodError."""
+    if isinstance(mask, str):
+        if mask.strip().lower() == "noisy_linear":
+            return NoisyLinear()
+        try:
+            return parse_baseline(mask)  # type: ignore[no-any-return]
+        except MethodError as error:
+            raise MethodError(f'{error} Or "noisy_linear".') from None
+    if isinstance(mask, (Tensor, int, float)):
+        return Given(torch.as_tensor(mask))
+    if mask is None or isinstance(mask, NoisyLinear) or (callable(mask) and not isinstance(mask, type)):
+        return mask
+    raise InputError(
+        f'A mask of type {type(mask).__name__} was given. Expected "zeros", "mean", "blur", "noisy_linear", a tensor, '
+        "or a baseline object such as Blur(5.0)."
+    )
+
+
+def filling(mask: Baseline | NoisyLinear, problem: Problem) -> Callable[[Point], Point]:
+    """What gives the point with the removed elements, True in its argument, replaced."""
+    if isinstance(mask, NoisyLinear):
+        return lambda removed: map_leaves(mask.fill, problem.point, removed)
+    reference = baseline_point(mask, problem)
+    return lambda removed: map_leaves(torch.where, removed, reference, problem.point)
 
 
 def _neighbour_sum(planes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does the attribution lie where the signal is known to be?"""
+"""Does the attribution lie where the signal is known to be? Leakage, relevance mass and rank, the pointing game."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pullback.core.errors import InputError
-from pullback.evaluation.results import MetricResult
+from pullback.evaluation.results import MetricResult, flagged
 
-__all__ = ["leakage"]
+__all__ = [
+    "Attributions",
+    "attribution_values",
+    "leakage",
+    "pointing_game",
+    "relevance_mass",
+    "relevance_rank",
+]
 
 
 class HasValues(Protocol):
@@ -64,7 +72,7 @@ def leakage(
     fractions = tuple(float(fraction) for fraction in fractions)
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise InputError(f"fractions={fractions} was given. Expected shares of the elements in (0, 1].")
-    values = _values(model, x, attribution, target)
+    values = attribution_values(model, x, attribution, target)
     outside = ~_mask(signal_mask, values).to(values.device)
 
     size = _REDUCTIONS[reduce](values.detach()).flatten(1).double()
@@ -83,7 +91,7 @@ def leakage(
     details = {"null_area": outside.double().mean(1)}
     for fraction in fractions:
         details[f"null_share@{fraction:g}"] = torch.where(
-            dead, undefined, _top_share(size, outside, fraction)
+            dead, undefined, _top_share(size, outside, max(1, round(fraction * size.shape[1])))
         )
     return MetricResult(
         name="leakage",
@@ -94,26 +102,168 @@ def leakage(
     )
 
 
-def _top_share(size: Tensor, outside: Tensor, fraction: float) -> Tensor:
-    """The share of the k largest elements that lie outside the signal, (n,).
+def relevance_mass(
+    model: nn.Module | Callable[[Tensor], Tensor] | None,
+    x: Tensor | None,
+    attribution: Attributions,
+    *,
+    signal_mask: Tensor,
+    target: Tensor | None = None,
+    reduce: Reduction = "positive",
+) -> MetricResult:
+    """Relevance mass accuracy: the share of the (positive) relevance on the signal. Higher is better.
+
+    ``values`` (n,): Σ_{inside} a⁺ / Σ a⁺, in [0, 1]. ``details["area"]`` (n,): the share of elements on the signal,
+    which is what an uninformative attribution gets. Arguments as in ``leakage``; with ``reduce="abs"`` it is
+    1 - leakage. NaN, and warned of, where nothing is left after ``reduce`` or the mask is all signal or none.
+
+    Raises ``InputError`` as ``leakage`` does.
+    Source: L. Arras, A. Osman, W. Samek, CLEVR-XAI, Information Fusion 2022.
+
+    >>> mask = torch.tensor([[True, True, False, False]])
+    >>> relevance_mass(None, None, torch.tensor([[3.0, -5.0, 1.0, 0.0]]), signal_mask=mask).mean()
+    0.75
+    """
+    size, inside = _sizes(model, x, attribution, target, signal_mask, reduce)
+    share = (size * inside).sum(1) / size.sum(1)
+    return _localized("relevance_mass", share, size, inside, size.sum(1) == 0, reduce)
+
+
+def relevance_rank(
+    model: nn.Module | Callable[[Tensor], Tensor] | None,
+    x: Tensor | None,
+    attribution: Attributions,
+    *,
+    signal_mask: Tensor,
+    target: Tensor | None = None,
+    reduce: Reduction = "positive",
+) -> MetricResult:
+    """Relevance rank accuracy: the share of the K most relevant elements on the signal, K its size. Higher is better.
+
+    ``values`` (n,): |top K ∩ signal| / K, in [0, 1]; its mean over all ways to break ties. ``details["area"]`` (n,):
+    what an uninformative attribution gets. Arguments as in ``leakage``. NaN, and warned of, for a constant
+    attribution and where the mask is all signal or none.
+
+    Raises ``InputError`` as ``leakage`` does.
+    Source: L. Arras, A. Osman, W. Samek, CLEVR-XAI, Information Fusion 2022.
+
+    >>> mask = torch.tensor([[True, True, False, False]])
+    >>> relevance_rank(None, None, torch.tensor([[3.0, 1.0, 2.0, 0.0]]), signal_mask=mask).mean()
+    0.5
+    """
+    size, inside = _sizes(model, x, attribution, target, signal_mask, reduce)
+    share = 1 - _top_share(size, ~inside, inside.sum(1).clamp_min(1))
+    return _localized("relevance_rank", share, size, inside, _constant(size), reduce)
+
+
+def pointing_game(
+    model: nn.Module | Callable[[Tensor], Tensor] | None,
+    x: Tensor | None,
+    attribution: Attributions,
+    *,
+    signal_mask: Tensor,
+    target: Tensor | None = None,
+    tolerance: float = 0.0,
+    reduce: Reduction = "positive",
+) -> MetricResult:
+    """The pointing game: whether the most relevant element lies on the signal. Higher is better.
+
+    ``values`` (n,): 1 for a hit, 0 for a miss; with several largest elements, the share of them that hit.
+    ``details["area"]`` (n,): the share of elements that hit, which is what a random attribution gets.
+
+    ``tolerance``: pixels (samples in a series) beside the signal that still count, by Euclidean distance. Further
+    arguments as in ``leakage``. NaN, and warned of, for a constant attribution and where every place or none hits.
+
+    Raises ``InputError`` as ``leakage`` does, and for a tolerance below 0 or without spatial dimensions.
+    Source: J. Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016 (tolerance of 15 pixels).
+
+    >>> mask = torch.tensor([[True, True, False, False]])
+    >>> pointing_game(None, None, torch.tensor([[3.0, 1.0, 2.0, 0.0]]), signal_mask=mask).mean()
+    1.0
+    """
+    size, inside = _sizes(model, x, attribution, target, signal_mask, reduce, tolerance)
+    largest = size == size.max(1, keepdim=True).values
+    share = (largest & inside).sum(1).double() / largest.sum(1)
+    result = _localized("pointing_game", share, size, inside, _constant(size), reduce)
+    result.params["tolerance"] = tolerance
+    return result
+
+
+def _localized(
+    name: str, share: Tensor, size: Tensor, inside: Tensor, empty: Tensor, reduce: str
+) -> MetricResult:
+    everywhere = inside.all(1) | ~inside.any(1)
+    share = flagged(name, share, everywhere, "the mask is all signal, or has none", stacklevel=4)
+    dead = "the attribution is constant" + (" after dropping negative parts" if reduce == "positive" else "")
+    return MetricResult(
+        name=name,
+        values=flagged(name, share, empty, f"{dead}; has the model collapsed?", stacklevel=4),
+        direction="higher",
+        params={"reduce": reduce},
+        details={"area": inside.double().mean(1).to(size.device)},
+    )
+
+
+def _sizes(
+    model: nn.Module | Callable[[Tensor], Tensor] | None,
+    x: Tensor | None,
+    attribution: Attributions,
+    target: Tensor | None,
+    signal_mask: Tensor,
+    reduce: str,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The relevance of each element after ``reduce``, and whether it is on the signal: (n, elements) each."""
+    if reduce not in _REDUCTIONS:
+        raise InputError(f'reduce={reduce!r} was given. Expected "abs" or "positive".')
+    values = attribution_values(model, x, attribution, target)
+    inside = _dilated(_mask(signal_mask, values).to(values.device), tolerance)
+    return _REDUCTIONS[reduce](values.detach()).flatten(1).double(), inside.flatten(1)
+
+
+def _constant(size: Tensor) -> Tensor:
+    return size.amax(1) == size.amin(1)
+
+
+def _dilated(mask: Tensor, tolerance: float) -> Tensor:
+    """The mask, and every place within the distance of it along the spatial dimensions."""
+    if tolerance == 0:
+        return mask
+    if not 0 < tolerance < float("inf") or mask.ndim not in (3, 4):
+        raise InputError(
+            f"tolerance={tolerance} was given for attributions of shape {tuple(mask.shape)}. Expected pixels, 0 or "
+            "more, and images (n, C, H, W) or series (n, C, T), which have distances."
+        )
+    planes = mask if mask.ndim == 4 else mask[:, :, None]
+    # beyond the plane there is nothing to reach
+    reach = [min(int(tolerance), length - 1) for length in planes.shape[2:]]
+    rows, columns = (torch.arange(-each, each + 1, device=mask.device) for each in reach)
+    disc = (rows[:, None] ** 2 + columns**2 <= tolerance**2).to(torch.float32)
+    counted = F.conv2d(planes.flatten(0, 1)[:, None].float(), disc[None, None], padding=reach)
+    return (counted > 0.5).reshape(mask.shape)
+
+
+def _top_share(size: Tensor, outside: Tensor, k: int | Tensor) -> Tensor:
+    """The share of the k (or k (n,)) largest elements that lie outside the signal, (n,).
 
     Elements tied at the k-th place share the places left over, which is the mean over random orders of the
     tied ones: sorting alone would prefer low indices, that is, one of the two blocks.
     """
-    k = max(1, round(fraction * size.shape[1]))
-    threshold = size.topk(k, dim=1).values[:, -1:]
+    counts = torch.as_tensor(k, device=size.device).expand(len(size))
+    threshold = size.sort(1, descending=True).values.gather(1, counts[:, None] - 1)
     above, tied = size > threshold, size == threshold
-    places_left = k - above.sum(1)
+    places_left = counts - above.sum(1)
     tied_share = (tied & outside).sum(1).double() / tied.sum(1)
-    return ((above & outside).sum(1) + places_left * tied_share) / k
+    return ((above & outside).sum(1) + places_left * tied_share) / counts
 
 
-def _values(
+def attribution_values(
     model: nn.Module | Callable[[Tensor], Tensor] | None,
     x: Tensor | None,
     attribution: Attributions,
     target: Tensor | None,
 ) -> Tensor:
+    """The values (n, ...) of an attribution, checked to be finite and one for each input. Raises InputError."""
     given: object = attribution
     if not isinstance(getattr(given, "values", None), Tensor) and not isinstance(given, Tensor):
         if not callable(attribution):

@@ -16,7 +16,7 @@ from pullback.core.errors import InputError
 from pullback.core.points import Point, leaves, map_leaves, widest
 from pullback.core.problem import Problem
 
-__all__ = ["Granularity", "PartRanks", "Ranking", "ranked_parts", "relevance_at"]
+__all__ = ["Granularity", "PartRanks", "Ranking", "content_of", "ranked_parts", "relevance_at"]
 
 Granularity = Literal["pixel", "element"]
 Ranking = Literal["signed", "absolute"]
@@ -26,31 +26,43 @@ Ranking = Literal["signed", "absolute"]
 class PartRanks:
     """The place of each part of a point, 0 the most relevant: (B, P), over all leaves together.
 
-    ``count`` (B,): how many parts are ranked; padding comes after them. ``sizes``: the parts of each leaf.
+    ``relevance`` (B, P): what they are ranked by, 0 at padding. ``count`` (B,): how many parts are ranked; padding
+    comes after them. ``sizes``: the parts of each leaf.
     """
 
     rank: Tensor
+    relevance: Tensor
     count: Tensor
     sizes: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     problem: Problem
 
-    def elements(self, fraction: float, order: Literal["descending", "ascending"]) -> Point:
+    def elements(
+        self, fraction: float, order: Literal["descending", "ascending"], at_least: int = 0
+    ) -> Point:
         """True at the first round(fraction · count) parts in that order; bool, of the point's structure."""
-        chosen = (fraction * self.count).round()[:, None]
+        chosen = (fraction * self.count).round().clamp_min(at_least)[:, None]
         if order == "descending":
             first = self.rank < chosen
         else:
             count = self.count[:, None]
             first = (self.rank >= count - chosen) & (self.rank < count)
-        parts = iter(zip(first.split(self.sizes, 1), self.shapes, strict=True))
+        return self.spread(first)
 
-        def spread(leaf: Tensor) -> Tensor:
-            part, shape = next(parts)
-            whole: Tensor = part.reshape(len(part), *shape).to(leaf.device).expand_as(leaf)
-            return whole
+    def ranked(self) -> Tensor:
+        """True at the parts that are ranked, false at padding: bool (B, P)."""
+        return self.rank < self.count[:, None]
 
-        return map_leaves(spread, self.problem.point)
+    def spread(self, parts: Tensor) -> Point:
+        """Values of parts (B, P) at each of their elements, in the point's structure."""
+        split = iter(zip(parts.split(self.sizes, 1), self.shapes, strict=True))
+
+        def whole(leaf: Tensor) -> Tensor:
+            part, shape = next(split)
+            values: Tensor = part.reshape(len(part), *shape).to(leaf.device).expand_as(leaf)
+            return values
+
+        return map_leaves(whole, self.problem.point)
 
 
 def ranked_parts(
@@ -80,12 +92,14 @@ def ranked_parts(
             f"{int(constant.sum())} of {len(constant)} attributions are the same everywhere: their order is random. "
             "Has the model collapsed to a constant?",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     count = torch.full((len(score),), score.shape[1], dtype=score.dtype, device=device)
+    relevances = score
     if problem.free is not None:
         free = problem.free.to(device)
         free = free.reshape(*free.shape, *[1] * (len(shapes[0]) - 1)).expand(-1, *shapes[0]).flatten(1)
+        relevances = torch.where(free, score, 0.0)
         score = torch.where(free, score, -torch.inf)
         count = free.sum(1).to(count)
     shuffle = _shuffles(problem, score.shape[1], seed).to(device)
@@ -93,19 +107,20 @@ def ranked_parts(
     order = shuffle.gather(1, order)
     places = torch.arange(score.shape[1], device=device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return PartRanks(rank, count, tuple(part.shape[1] for part in found), tuple(shapes), problem)
+    return PartRanks(rank, relevances, count, tuple(part.shape[1] for part in found), tuple(shapes), problem)
 
 
 def _shuffles(problem: Problem, parts: int, seed: int) -> Tensor:
     """(B, parts): an order for ties per example, whatever its batch mates, dtype and device."""
     rows = []
     for row in range(problem.batch):
-        key = "/".join(_content(leaf[row], problem, row) for leaf in leaves(problem.point))
+        key = "/".join(content_of(leaf[row], problem, row) for leaf in leaves(problem.point))
         rows.append(torch.randperm(parts, generator=noise.generator(seed, 0, f"ties/{key}")))
     return torch.stack(rows)
 
 
-def _content(row: Tensor, problem: Problem, number: int) -> str:
+def content_of(row: Tensor, problem: Problem, number: int) -> str:
+    """A hash of one example's values, padding and dtype aside."""
     kept = row if problem.free is None else row[problem.free[number].to(row.device)]
     return content(torch.view_as_real(kept) if kept.is_complex() else kept.float())
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pullback.evaluation.statistics import Interval, bootstrap_interval
 
-__all__ = ["Direction", "MetricResult"]
+__all__ = ["Direction", "MetricResult", "flagged"]
 
 Direction = Literal["higher", "lower"]
 
@@ -68,6 +70,28 @@ class MetricResult:
             f"{self.name} {interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}] "
             f"({interval.level:.0%} bootstrap, n={interval.count}{undefined}), {self.direction} is better"
         )
+
+
+def flagged(name: str, values: Tensor, undefined: Tensor, why: str, stacklevel: int = 3) -> Tensor:
+    """The values, NaN where they are undefined, and a warning that says in how many examples and why.
+
+    Args:
+        name: of the metric.
+        values: (n,) or (n, steps).
+        undefined: (n,) bool.
+        why: what these examples have in common, for example "the attribution is zero everywhere".
+        stacklevel: 3 where the caller is the metric itself, one more for each function in between.
+    """
+    if not bool(undefined.any()):
+        return values
+    warnings.warn(
+        f"{name} is undefined (NaN) for {int(undefined.sum())} of {len(undefined)} examples: {why}"
+        + ("" if why.endswith("?") else "."),
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+    where = undefined.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+    return values.masked_fill(where, torch.nan)
 
 
 def _plain(value: object) -> object:

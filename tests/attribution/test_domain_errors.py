@@ -38,6 +38,7 @@ class Broken:
         )
 
 
+@dataclass(frozen=True)
 class Clipped:
     """Gives x back, and is not linear though it says so."""
 

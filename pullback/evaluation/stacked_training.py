@@ -91,7 +91,7 @@ def trained_together(
             losses = each.unflatten(0, (count, -1)).mean(1)
             optimizer.zero_grad(set_to_none=True)
             # the sum, not the mean, over members: each has the gradient it would have alone
-            torch.autograd.backward(losses.mean())
+            torch.autograd.backward(losses.sum())
             optimizer.step()
             loss_sum += losses.detach() * labels.shape[1]
             hits += (logits.argmax(2) == labels).sum(1)

@@ -35,7 +35,7 @@ __all__ = [
 # Measured in benchmarks/attribution.py: on a CPU a couple of dozen rows are worth a large working set, since they
 # share the reading of the weights; more rows than that help only while their activations stay near the caches.
 CPU_WORKING_SET = 640 * 2**20
-CPU_CACHED_SET = 288 * 2**20
+CPU_CACHED_SET = 192 * 2**20
 WEIGHT_SHARING_ROWS = 24
 ACCELERATOR_SHARE = 0.25
 LARGEST_CHUNK = 1024

@@ -1,0 +1,262 @@
+"""Pairs of answers to one prompt, as token ids and in batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pullback.core.errors import InputError
+
+__all__ = ["Answer", "EncodedPair", "Pair", "digest", "encode_pairs", "in_batches", "padded_inputs"]
+
+Answer: TypeAlias = "str | int | Sequence[int] | Tensor"
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A prompt with the answer to steer towards and the one to steer away from.
+
+    Attributes:
+        prompt: text; chat messages, set with the tokenizer's template; token ids; or a mapping with the model's inputs
+            for this example, "input_ids" (1, length) among them, as a processor returns it.
+        preferred, dispreferred: text, encoded without special tokens, or token ids. They follow the prompt directly, so
+            a space between is theirs.
+        image: for a processor, which puts it into the prompt.
+
+    >>> Pair([5, 6, 7], 8, 9).preferred
+    8
+    """
+
+    prompt: Any
+    preferred: Answer
+    dispreferred: Answer
+    image: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """A pair as token ids: the prompt's (length,), each answer's, and the model's other inputs for this example."""
+
+    number: int
+    ids: Tensor
+    preferred: tuple[int, ...]
+    dispreferred: tuple[int, ...]
+    others: Mapping[str, Tensor]
+
+
+def encode_pairs(model: nn.Module, tokenizer: Any, pairs: Sequence[Any]) -> list[EncodedPair]:
+    """Token ids of every pair. Raises InputError for pairs that are no contrast or do not fit into the model."""
+    if isinstance(pairs, Pair | str) or not isinstance(pairs, Sequence) or not len(pairs):
+        raise InputError(
+            f"pairs is {'empty' if isinstance(pairs, Sequence) and not len(pairs) else type(pairs).__name__}; "
+            "expected a list of Pair(prompt, preferred, dispreferred) or of such tuples."
+        )
+    encoded = [_encoded(number, _pair(number, pair), tokenizer) for number, pair in enumerate(pairs)]
+    for pair in encoded:
+        _require_fitting(pair, model)
+    return encoded
+
+
+def in_batches(model: nn.Module, pairs: Sequence[EncodedPair], size: int) -> Iterator[list[EncodedPair]]:
+    """Pairs that can share a forward: padded where the model takes a mask, else of equal lengths."""
+    masked = takes(model, "attention_mask")
+    groups: dict[Any, list[EncodedPair]] = {}
+    for pair in pairs:
+        key: tuple[Any, ...] = tuple(
+            (name, leaf.dtype) if _along(name, leaf, pair) else (name, leaf.dtype, *leaf.shape[1:])
+            for name, leaf in sorted(pair.others.items())
+        )
+        if any(not leaf.dim() or len(leaf) != 1 for leaf in pair.others.values()):
+            key = (*key, pair.number)  # a row per patch, which belongs to no example of a batch
+        if not masked:
+            key = (*key, len(pair.ids), len(pair.preferred), len(pair.dispreferred))
+        groups.setdefault(key, []).append(pair)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def padded_inputs(model: nn.Module, tokenizer: Any, batch: Sequence[EncodedPair]) -> dict[str, Tensor]:
+    """The model's inputs for the prompts of a batch, padded on the right."""
+    config = getattr(model, "config", None)
+    named = (getattr(source, "pad_token_id", None) for source in (tokenizer, config))
+    # any id will do under a mask
+    pad = next((token for token in named if isinstance(token, int) and token >= 0), 0)
+    length = max(len(pair.ids) for pair in batch)
+
+    def filled(row: Tensor, value: int) -> Tensor:
+        return torch.cat([row, row.new_full((length - len(row), *row.shape[1:]), value)])
+
+    inputs = {"input_ids": torch.stack([filled(pair.ids, pad) for pair in batch])}
+    if takes(model, "attention_mask"):
+        inputs["attention_mask"] = torch.stack([filled(torch.ones_like(pair.ids), 0) for pair in batch])
+    for name in batch[0].others:
+        leaves = [
+            filled(pair.others[name][0], 0)[None]
+            if _along(name, pair.others[name], pair)
+            else pair.others[name]
+            for pair in batch
+        ]
+        inputs[name] = torch.cat(leaves) if len(leaves) > 1 else leaves[0]
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        start = getattr(config, "decoder_start_token_id", None)
+        if not isinstance(start, int):
+            raise InputError(
+                "the model is an encoder-decoder whose config has no decoder_start_token_id: set it, or give prompts "
+                "as mappings with decoder_input_ids."
+            )
+        inputs["decoder_input_ids"] = torch.full((len(batch), 1), start)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return {name: leaf.to(device) for name, leaf in inputs.items()}
+
+
+def digest(pairs: Sequence[EncodedPair]) -> str:
+    """A short hash of the prompts' and answers' token ids."""
+    content = repr([(pair.ids.tolist(), pair.preferred, pair.dispreferred) for pair in pairs])
+    return blake2b(content.encode(), digest_size=6).hexdigest()
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward takes a keyword."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.name == name or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+
+
+def _pair(number: int, pair: Any) -> Pair:
+    if isinstance(pair, Pair):
+        return pair
+    if isinstance(pair, tuple) and len(pair) in (3, 4):
+        return Pair(*pair)
+    given = f"a tuple of {len(pair)}" if isinstance(pair, tuple) else f"a {type(pair).__name__}"
+    raise InputError(
+        f"pair {number} is {given}; expected Pair(prompt, preferred, dispreferred, image=None) or such a tuple."
+    )
+
+
+def _encoded(number: int, pair: Pair, tokenizer: Any) -> EncodedPair:
+    ids, others = _prompt(number, pair, tokenizer)
+    if not len(ids):
+        raise InputError(f"the prompt of pair {number} has no tokens; expected at least one.")
+    preferred = _answer(number, "preferred", pair.preferred, tokenizer)
+    dispreferred = _answer(number, "dispreferred", pair.dispreferred, tokenizer)
+    if preferred == dispreferred:
+        raise InputError(
+            f"pair {number} prefers {pair.preferred!r} to {pair.dispreferred!r}, which are the same tokens "
+            f"{list(preferred)}; expected answers that differ. Leave the pair out."
+        )
+    return EncodedPair(number, ids, preferred, dispreferred, others)
+
+
+def _prompt(number: int, pair: Pair, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    prompt = pair.prompt
+    if pair.image is not None:
+        if not isinstance(prompt, str) or not callable(tokenizer):
+            raise InputError(
+                f"pair {number} has an image with a prompt of type {type(prompt).__name__}; expected text and the "
+                "model's processor, or a prompt that is a mapping of prepared inputs and no image."
+            )
+        prompt = tokenizer(text=prompt, images=pair.image, return_tensors="pt")
+    if isinstance(prompt, Mapping):
+        return _prepared(number, prompt)
+    chat = (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and isinstance(next(iter(prompt), 0), Mapping)
+    )
+    if isinstance(prompt, str) or chat:
+        call = _text_tokenizer(tokenizer)
+        if call is None:
+            raise InputError(f"pair {number} is text; give fit the model's tokenizer, or token ids.")
+        found: Any = (
+            call.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            if chat
+            else call(prompt)
+        )
+        prompt = found["input_ids"]
+    return _token_ids(number, "prompt", prompt), {}
+
+
+def _prepared(number: int, prompt: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = prompt.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(
+            f'pair {number} has "input_ids" {shape}; expected a (1, length) tensor of one example.'
+        )
+    others = {str(name): leaf for name, leaf in prompt.items() if isinstance(leaf, Tensor)}
+    mask = others.pop("attention_mask", None)
+    real = torch.ones_like(ids[0], dtype=torch.bool) if mask is None else mask[0].bool()
+    del others["input_ids"]
+    others = {name: leaf[:, real] if leaf.shape[:2] == ids.shape else leaf for name, leaf in others.items()}
+    return ids[0][real], others
+
+
+def _answer(number: int, side: str, answer: Answer, tokenizer: Any) -> tuple[int, ...]:
+    if isinstance(answer, str):
+        call = _text_tokenizer(tokenizer)
+        if call is None:
+            raise InputError(f"pair {number} is text; give fit the model's tokenizer, or token ids.")
+        answer = call(answer, add_special_tokens=False)["input_ids"]
+    found = tuple(
+        _token_ids(number, f"{side} answer", [answer] if isinstance(answer, int) else answer).tolist()
+    )
+    if not found:
+        raise InputError(f"the {side} answer of pair {number} has no tokens; expected at least one.")
+    return found
+
+
+def _token_ids(number: int, what: str, ids: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0, 0, 0)
+    if found.dim() == 2 and len(found) == 1:
+        found = found[0]
+    whole = not found.is_floating_point() and found.dtype != torch.bool
+    if found.dim() > 1 or (found.numel() and not whole):
+        raise InputError(
+            f"the {what} of pair {number} is a {type(ids).__name__} that holds no list of token ids; expected text, "
+            "ids such as [5, 6, 7], or a (length,) tensor of them."
+        )
+    return found.flatten().detach().cpu().long()
+
+
+def _text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", None) or tokenizer
+
+
+def _along(name: str, leaf: Tensor, pair: EncodedPair) -> bool:
+    """Whether an input has an entry per token of the prompt."""
+    if name.startswith("decoder_") or leaf.is_floating_point():
+        return False
+    return leaf.dim() >= 2 and leaf.shape[:2] == (1, len(pair.ids))
+
+
+def _require_fitting(pair: EncodedPair, model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    length = len(pair.ids)
+    if not getattr(config, "is_encoder_decoder", False):
+        length += max(len(pair.preferred), len(pair.dispreferred))
+    if isinstance(most, int) and length > most:
+        raise InputError(
+            f"pair {pair.number} has {length} tokens with its longer answer, and the model takes {most}; shorten the "
+            "prompt or leave the pair out."
+        )
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
+    tokens = [*pair.ids.tolist(), *pair.preferred, *pair.dispreferred]
+    wrong = [token for token in tokens if token < 0 or (rows and token >= rows)]
+    if wrong:
+        raise InputError(
+            f"pair {pair.number} has the token {wrong[0]}, which is outside the model's {rows} tokens. Is it this "
+            "model's tokenizer?"
+        )

@@ -37,7 +37,9 @@ def test_one_example_equals_the_same_in_a_batch(dimensions: int) -> None:
         torch.testing.assert_close(alone[0], batch[row], rtol=0, atol=1e-14)
     one, step = x[:1], 1e-6 * torch.ones_like(x[:1])
     slope = (net(one + step) - net(one - step))[0, 1] / 2e-6
-    assert only(pb.explain(net, one, target=1, method="gradient")).sum().item() == pytest.approx(slope.item(), rel=1e-7)
+    assert only(pb.explain(net, one, target=1, method="gradient")).sum().item() == pytest.approx(
+        slope.item(), rel=1e-7
+    )
 
 
 def test_channels_last_weights_after_a_batch_norm() -> None:

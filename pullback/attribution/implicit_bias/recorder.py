@@ -207,7 +207,11 @@ def _apart(operation: Operation, result: Any, values: list[Tensor]) -> tuple[Any
 def _hides_its_base(operation: Operation, value: Tensor) -> bool:
     if not value._is_view():
         return False
-    known = [each for operand in signal_operands(operation.args, operation.kwargs) for each in (operand, operand._base)]
+    known = [
+        each
+        for operand in signal_operands(operation.args, operation.kwargs)
+        for each in (operand, operand._base)
+    ]
     return not any(value._base is each for each in known)
 
 

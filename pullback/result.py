@@ -201,12 +201,12 @@ class Attribution:
         ax: Axes | None = None,
         example: int = 0,
         leaf: str | None = None,
-        bands: Mapping[str, tuple[float, float]] | None = None,
+        bands: Any = None,
     ) -> Axes:
         """One example on matplotlib Axes: a token strip, a heat map, a series or bars, by what it is.
 
         Coefficients of a domain are drawn as spectrum, time-frequency map, levels or components, without ``ax`` below
-        their signal; ``bands`` (name -> low, high) are marked on their frequency axis, in its unit.
+        their signal; ``bands`` (a ``Bands``, or name -> (low, high)) are marked on their frequency axis, in its unit.
         """
         from pullback.viz.draw import draw
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def draw(
     ax: Axes | None = None,
     example: int = 0,
     leaf: str | None = None,
-    bands: Mapping[str, tuple[float, float]] | None = None,
+    bands: Any = None,
 ) -> Axes:
     """One example of one leaf on Axes; the leaf is named where there are several. Bands mark a frequency axis."""
     leaves = attribution.leaves()
@@ -81,7 +80,8 @@ def draw(
     values = leaves[name][example]
     kind = kind_of(attribution, leaves[name])
     if kind in ("spectrum", "time-frequency", "levels", "components"):
-        return draw_in_domain(attribution, kind, example, ax, bands)
+        named = getattr(bands, "bands", bands)  # a Bands object holds the mapping
+        return draw_in_domain(attribution, kind, example, ax, named)
     if kind == "tokens":
         tokens = (tokens_of(attribution, leaves[name]) or [])[example]
         return token_strip(tokens, values[: len(tokens)], ax)

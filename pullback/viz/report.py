@@ -67,7 +67,7 @@ class Attributions:
     caption: str
     attributions: Mapping[str, Attribution]
     examples: int = 16
-    bands: Mapping[str, tuple[float, float]] | None = None  # marked on frequency axes, name -> (low, high)
+    bands: Any = None  # marked on frequency axes: a Bands, or name -> (low, high)
 
 
 Section = Prose | Table | Figure | Attributions
@@ -173,7 +173,7 @@ def _attributions(section: Attributions) -> dict[str, Any]:
 
 
 def _example(
-    methods: Mapping[str, Attribution], row: int, bands: Mapping[str, tuple[float, float]] | None
+    methods: Mapping[str, Attribution], row: int, bands: Any
 ) -> dict[str, Any]:
     first = next(iter(methods.values()))
     pictures: list[dict[str, Any]] = []

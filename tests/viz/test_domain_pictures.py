@@ -151,7 +151,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
 )
 def test_a_spectrum_below_its_signal(domain: Any) -> None:
     result = explained(domain)
-    ax = result.plot(example=1, bands=BANDS)
+    ax = result.plot(example=1, bands=pb.Bands(BANDS))
     assert float(np.sum(ax.lines[0].get_ydata())) == pytest.approx(float(result.values[1].sum()))
     assert ax.lines[0].get_xdata()[-1] == pytest.approx(16.0, abs=0.5)
     assert [text.get_text() for text in ax.texts] == ["slow", "fast"]

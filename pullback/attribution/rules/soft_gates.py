@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pullback.attribution.rules.surrogate import through_ratio
 from pullback.core.errors import MethodError
 from pullback.core.overrides import PASS, Operation
 
@@ -103,31 +104,6 @@ class NormalGate:
         return gated(operation, self.temperature, torch.special.ndtr)
 
 
-class _Gated(torch.autograd.Function):
-    """The value forward; multiplication by a constant gate backward. Only the gate is kept."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (gate,) = ctx.saved_tensors
-        return grads[0] * gate, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (gate,) = ctx.saved_tensors
-        return tangents[0] * gate
-
-
 def gated(operation: Operation, temperature: float, distribution: Callable[[Tensor], Tensor]) -> Any:
     """The operation's value with the derivative E[g'(z + ε)], ε of this distribution and scale."""
     z = operation.args[0]
@@ -152,8 +128,7 @@ def gated(operation: Operation, temperature: float, distribution: Callable[[Tens
         if not isinstance(slope, float) or slope != 0.0:
             gate = slope + (1 - slope) * gate
     value = operation.function(constant, *operation.args[1:], **operation.kwargs)
-    result: Tensor = _Gated.apply(z, value, gate.to(z.dtype))  # type: ignore[no-untyped-call]
-    return result
+    return through_ratio(z, value, gate.to(z.dtype))
 
 
 def _negative_slope(operation: Operation, z: Tensor) -> float | Tensor | None:

@@ -61,12 +61,18 @@ class _ThroughRatio(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (ratio,) = ctx.saved_tensors
         return (grads[0] * ratio).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (ratio,) = ctx.saved_tensors
+        return tangents[0] * ratio
 
 
 def scaled_gradient(value: Tensor, factor: float) -> Tensor:

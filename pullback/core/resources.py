@@ -246,9 +246,16 @@ class Resources:
     def lean_from(self, rows: int) -> int | None:
         """How many elements an operation must have to be lean in an evaluation of so many rows; None: none is lean."""
         if self.budget is None:
+            # where a chunk that shares its weights fits easily, a twentieth more time is worth more than the memory
+            if self.chunk is None and self.is_roomy():
+                return None
             return SMALLEST if rows * self.lean_row >= SMALLEST else None
         # the same at every number of rows, so that the peaks of one and of two rows tell that of many
         return 1 if self.lean_row >= LEAN_ROW_UNDER_BUDGET else None
+
+    def is_roomy(self) -> bool:
+        """Whether as many rows as share the reading of the weights fit the CPU's working set."""
+        return BACKWARD_FACTOR * (self.row_bytes or 0) * WEIGHT_SHARING_ROWS <= CPU_WORKING_SET
 
     def rows(
         self, device: torch.device, probe: Callable[[int], int], point_bytes: int = 0, held: int = 0

@@ -77,6 +77,8 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(smallest)
 
     monkeypatch.setattr(problem_module, "lean_backward", counted)
+    # as on images large enough for memory to matter
+    monkeypatch.setattr(Resources, "is_roomy", lambda self: False)
     return found
 
 
@@ -132,6 +134,18 @@ def test_functional_calls_and_plain_callables_count(
         with monkeypatch.context() as patch:
             without_lean(patch)
             assert torch.equal(ours.values, pb.explain(model, images(), target=1, method="gradient").values)
+
+
+def test_time_is_worth_more_where_memory_is_plenty(entered: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a MiB or so stay native, unless the user divides the batch or gives a budget; rows of 14 MiB do not."""
+    monkeypatch.undo()
+    resources = Resources()
+    resources.row_bytes, resources.lean_row = 2**20, SMALLEST
+    assert resources.lean_from(16) is None
+    assert Resources("auto", "1 GiB").budget is not None
+    for chosen in (Resources(chunk=16), Resources()):
+        chosen.row_bytes, chosen.lean_row = (2**20 if chosen.chunk else 14 * 2**20), SMALLEST
+        assert chosen.lean_from(16) == SMALLEST
 
 
 def test_tiny_networks_and_transformers_never_enter(entered: list[int]) -> None:

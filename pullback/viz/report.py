@@ -172,9 +172,7 @@ def _attributions(section: Attributions) -> dict[str, Any]:
     }
 
 
-def _example(
-    methods: Mapping[str, Attribution], row: int, bands: Any
-) -> dict[str, Any]:
+def _example(methods: Mapping[str, Attribution], row: int, bands: Any) -> dict[str, Any]:
     first = next(iter(methods.values()))
     pictures: list[dict[str, Any]] = []
     strips: list[dict[str, Any]] = []

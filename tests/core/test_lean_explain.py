@@ -136,7 +136,9 @@ def test_functional_calls_and_plain_callables_count(
             assert torch.equal(ours.values, pb.explain(model, images(), target=1, method="gradient").values)
 
 
-def test_time_is_worth_more_where_memory_is_plenty(entered: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_worth_more_where_memory_is_plenty(
+    entered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of a MiB or so stay native, unless the user divides the batch or gives a budget; rows of 14 MiB do not."""
     monkeypatch.undo()
     resources = Resources()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -148,20 +148,13 @@ def audit(
     (Uncovered(operation='exp', module_path='', count=1, kind='operation'),)
     """
     outputs = (output,) if isinstance(output, Tensor) else tuple(output)
-    seen: set[Any] = set()  # holds the nodes: their Python faces are compared by identity
     marks: set[Mark] = set()
     found: Counter[tuple[str, str, Kind]] = Counter()
     pending: list[Any] = [tensor.grad_fn for tensor in outputs]
     if above is not None:
         # where none of them is on the way (outputs in a class of the model's own), everything is audited
         pending = _reached([*pending], {tensor.grad_fn for tensor in above} - {None}) or pending
-    seen.update(tensor.grad_fn for tensor in below)
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        pending += [following for following, _ in node.next_functions]
+    for node in _nodes(pending, (tensor.grad_fn for tensor in below)):
         mark = node.metadata.get(MARK) if node.next_functions else None
         if isinstance(mark, Mark):
             if not mark.covered and mark not in marks:
@@ -192,17 +185,23 @@ def is_opaque(output: Any, given: Any) -> bool:
     """Whether a tensor was computed from a given one of its shape by a step that no handler saw and that may bend."""
     if not (isinstance(output, Tensor) and isinstance(given, Tensor) and output.shape == given.shape):
         return False
-    pending: list[Any] = [output.grad_fn]
-    seen: set[Any] = {None, given.grad_fn}
+    return any(
+        MARK not in node.metadata and _nonlinear(node) is not None
+        for node in _nodes([output.grad_fn], [given.grad_fn])
+    )
+
+
+def _nodes(starts: Iterable[Any], ends: Iterable[Any]) -> Iterator[Any]:
+    """Every node from the starts towards the leaves, once each, up to the ends and without them."""
+    pending = [*starts]
+    seen = {None, *ends}  # holds the nodes: their Python faces are compared by identity
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        if MARK not in node.metadata and _nonlinear(node) is not None:
-            return True
         pending += [following for following, _ in node.next_functions]
-    return False
+        yield node
 
 
 def _nonlinear(node: Any) -> tuple[str, Kind] | None:

@@ -67,7 +67,7 @@ def comprehensiveness(
     >>> comprehensiveness(net, torch.ones(1, 2), net.weight.detach(), fractions=(0.5,)).mean()
     3.0
     """
-    removed = _removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
+    removed = removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
     return _erased(
         "comprehensiveness", removed, fractions, kept=False, granularity=granularity, ranking=ranking
     )
@@ -100,7 +100,7 @@ def sufficiency(
     >>> sufficiency(net, torch.ones(1, 2), net.weight.detach(), fractions=(0.5,)).mean()
     1.0
     """
-    removed = _removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
+    removed = removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
     return _erased("sufficiency", removed, fractions, kept=True, granularity=granularity, ranking=ranking)
 
 
@@ -138,7 +138,7 @@ def faithfulness_correlation(
     if not 0 < subset < 1:
         raise InputError(f"subset={subset} was given. Expected a share of the parts between 0 and 1.")
     require_count("samples", samples)
-    removed = _removal(model, x, attribution, target, site, chunk, mask, granularity, "signed", seed)
+    removed = removal(model, x, attribution, target, site, chunk, mask, granularity, "signed", seed)
     sums: list[Tensor] = []
 
     def sets() -> Iterator[Tensor]:
@@ -183,7 +183,7 @@ def faithfulness_estimate(
     """
     if groups is not None:
         require_count("groups", groups)
-    removed = _removal(model, x, attribution, target, site, chunk, mask, granularity, "signed", seed)
+    removed = removal(model, x, attribution, target, site, chunk, mask, granularity, "signed", seed)
     parts, count = removed.parts, removed.parts.count[:, None]
     number = parts.rank.shape[1] if groups is None else min(groups, parts.rank.shape[1])
     # ranks 0 ... count-1 in `number` groups that differ by one part at most
@@ -236,7 +236,7 @@ def monotonicity(
         raise InputError(f"definition={definition!r} was given. Expected 'arya' or 'nguyen'.")
     require_count("samples", samples)
     ranking: Ranking = "signed" if definition == "arya" else "absolute"
-    removed = _removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
+    removed = removal(model, x, attribution, target, site, chunk, mask, granularity, ranking, seed)
     parts, number = removed.parts, removed.parts.rank.shape[1]
     real = parts.ranked()
     params = {"definition": definition, "samples": samples, "seed": seed, **_record(removed, granularity)}
@@ -259,38 +259,6 @@ def monotonicity(
     monotone = torch.where(values.isnan(), values, (values == 1).to(values))
     return MetricResult(
         "monotonicity", values, "higher", curve.masked_fill(beyond, torch.nan), params, {"monotone": monotone}
-    )
-
-
-def _removal(
-    model: Model,
-    x: Any,
-    attribution: Attributions,
-    target: Any,
-    site: str | None,
-    chunk: int | str,
-    mask: Mask,
-    granularity: Granularity,
-    ranking: Ranking,
-    seed: int,
-) -> Removal:
-    for name, value, known in (
-        ("granularity", granularity, ("pixel", "element")),
-        ("ranking", ranking, ("signed", "absolute")),
-    ):
-        if value not in known:
-            raise InputError(f"{name}={value!r} was given. Expected {' or '.join(map(repr, known))}.")
-    return removal(
-        model,
-        x,
-        attribution,
-        target=target,
-        site=site,
-        chunk=chunk,
-        mask=mask,
-        granularity=granularity,
-        ranking=ranking,
-        seed=seed,
     )
 
 

@@ -15,18 +15,13 @@ from pullback.core.points import Point, map_leaves
 from pullback.core.problem import Domain
 from pullback.evaluation.imputation import Mask
 from pullback.evaluation.ranking import Granularity, Ranking
-from pullback.evaluation.removal import Attributions, removal, scores_at
+from pullback.evaluation.removal import Attributions, removal, require_choice, scores_at
 from pullback.evaluation.results import Direction, MetricResult
 from pullback.evaluation.statistics import Interval, bootstrap_interval
 
 __all__ = ["curve_intervals", "deletion", "insertion"]
 
 Order = Literal["descending", "ascending"]
-_CHOICES = {
-    "order": ("descending", "ascending"),
-    "granularity": ("pixel", "element"),
-    "ranking": ("signed", "absolute"),
-}
 LEVELS = tuple(step / 20 for step in range(21))
 
 
@@ -144,11 +139,7 @@ class _Steps:
                 f"levels={self.levels} was given. Expected at least two rising fractions in [0, 1], such as "
                 "(0, 0.25, 0.5, 1)."
             )
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} was given. Expected {' or '.join(map(repr, known))}."
-                )
+        require_choice("order", self.order, ("descending", "ascending"))
 
     def measured(
         self,

@@ -49,11 +49,16 @@ class Removal:
         return torch.stack([each.all(1).to(self.problem.device) for each in kept]).all(0)
 
 
+def require_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise InputError where a setting is not one of the known words."""
+    if value not in known:
+        raise InputError(f"{name}={value!r} was given. Expected {' or '.join(map(repr, known))}.")
+
+
 def removal(
     model: Callable[..., Any],
     x: Any,
     attribution: Attributions,
-    *,
     target: Any,
     site: str | None,
     chunk: int | str,
@@ -64,6 +69,8 @@ def removal(
     domain: Domain | None = None,
 ) -> Removal:
     """Pose the problem, rank the parts, and prepare the mask. Raises InputError for what does not fit."""
+    require_choice("granularity", granularity, ("pixel", "element"))
+    require_choice("ranking", ranking, ("signed", "absolute"))
     _require_domain(attribution, domain)
     filler = parsed_mask(mask)
     if isinstance(filler, NoisyLinear) and domain is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pullback.core.operations import canonical
+from pullback.core.spellings import canonical
 
 __all__ = [
     "KINKS", "SMOOTH", "OperationNames", "attention", "class_name", "distinct", "operation",

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from .bodies import body_of
-from .operations import Spelling, canonical, canonical_call
 from .rule import PASS, Operation
+from .spellings import Spelling, canonical, canonical_call
 
 __all__ = ["KERNELS", "SMALLEST", "Lean", "lean_backward"]
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pullback.core.audit import GRADIENT, Coverage, Mark, flattened, is_opaque, write_mark, written
 from pullback.core.bodies import body_of
 from pullback.core.errors import MethodError
-from pullback.core.operations import LINEAR, NONLINEAR, Spelling, canonical, canonical_call, is_nonlinear
+from pullback.core.operations import LINEAR, NONLINEAR, is_nonlinear
 from pullback.core.rule import (
     PASS,
     Operation,
@@ -28,6 +28,7 @@ from pullback.core.rule import (
     with_gradient_of,
 )
 from pullback.core.running import ROOT, Frame, RunningModules
+from pullback.core.spellings import Spelling, canonical, canonical_call
 
 __all__ = [
     "PASS",

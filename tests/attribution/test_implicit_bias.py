@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from pullback.attribution.implicit_bias import CLOSED_FORMS, implicit_bias
 from pullback.attribution.implicit_bias.operations import AFFINE, ELEMENTWISE, HOMOGENEOUS, OPERATIONS
-from pullback.core.operations import canonical, canonical_call
 from pullback.core.overrides import Operation
+from pullback.core.spellings import canonical, canonical_call
 
 with np.load(Path(__file__).parents[1] / "golden" / "fullgrad_general_ops.npz") as arrays:
     GOLDEN = {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"}

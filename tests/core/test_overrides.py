@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pullback.core.errors import MethodError
-from pullback.core.operations import canonical
 from pullback.core.overrides import PASS, Operation, overrides, with_gradient_of
+from pullback.core.spellings import canonical
 from tests.core.rules import Detach, Scaled, points, ruled_gradient
 
 Run = Callable[[Tensor], Tensor]

@@ -116,7 +116,7 @@ PRODUCTS: Final[Mapping[str, ClosedForm]] = {
         names(
             """
             mul matmul mm bmm mv dot vdot inner outer ger kron cross linalg_cross tensordot linalg_vecdot
-            chain_matmul linalg_multi_dot einsum _grouped_mm _trilinear
+            chain_matmul linalg_multi_dot einsum _grouped_mm _trilinear embedding_bag
             """
         ),
         _products,

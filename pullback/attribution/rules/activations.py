@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,12 +26,16 @@ def secant(x: Tensor, value: Tensor, slope: float, at_zero: float = 0.0) -> Tens
     >>> torch.autograd.grad(secant(x, torch.nn.functional.relu(x), 0.0).sum(), x)
     (tensor([0., 1.]),)
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
-        below, above = x.detach().to(wide), value.detach().to(wide)
-        above = above - at_zero if at_zero else above
-        ratio = torch.where(below.abs() < torch.finfo(wide).tiny ** 0.5, slope, above / below)
+        ratio = _ratio(x.detach(), value.detach(), slope, at_zero)
     return through_ratio(x, value, ratio.to(x.dtype))
+
+
+def _ratio(x: Tensor, value: Tensor, slope: float | Tensor, at_zero: float = 0.0) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    below, above = x.to(wide), value.to(wide)
+    above = above - at_zero if at_zero else above
+    return torch.where(below.abs() < torch.finfo(wide).tiny ** 0.5, slope, above / below)
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,7 +51,9 @@ def _at_zero(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: A
 class IdentityRule:
     """``R_in = R_out`` at an activation with g(0) = 0: the coefficient is multiplied by g(x) / x, at zero by g'(0).
 
-    Piecewise linear ones are left to the gradient, which is the same. Activations with g(0) ≠ 0 are passed on.
+    Piecewise linear ones are left to the gradient, which is the same. Activations with g(0) ≠ 0 are passed on; where
+    arguments are tensors (the bounds of a clamp), entries with g(0) ≠ 0 keep the gradient. Bounds that carry signal
+    themselves make a maximum, whose gradient conserves.
 
     Source: Ali et al. 2022, section 3; Jafari et al. 2024 (MambaLRP), eq. 7. The limit at zero is what patching needs:
     RelP multiplies coefficients with differences of activations, not with the activation, which would hide it.
@@ -65,8 +71,10 @@ class IdentityRule:
     def __call__(self, operation: Operation) -> Any:
         x = operation.args[0]
         others = (*operation.args[1:], *operation.kwargs.values())
-        if not carries_signal(x) or x.is_complex() or any(isinstance(each, Tensor) for each in others):
+        if not carries_signal(x) or x.is_complex() or any(map(carries_signal, others)):
             return PASS
+        if any(isinstance(each, Tensor) for each in others):
+            return _entry_by_entry(operation)
         dtype = torch.promote_types(x.dtype, torch.float32)
         keywords = tuple(sorted(operation.kwargs.items()))
         at_zero, slope = _at_zero(operation.function, dtype, operation.args[1:], keywords)
@@ -75,6 +83,21 @@ class IdentityRule:
         with torch.no_grad():
             value = operation.value()
         return secant(x, value, slope)
+
+
+def _entry_by_entry(operation: Operation) -> Tensor:
+    """The identity rule where arguments are tensors, so that every entry has a function g of its own."""
+    with torch.no_grad():
+        value: Tensor = operation.value()
+    x = operation.args[0].expand(value.shape)
+    with torch.enable_grad(), unhooked():
+        here, zero = x.detach().clone().requires_grad_(), torch.zeros_like(x, requires_grad=True)
+        at_zero = replace(operation, args=(zero, *operation.args[1:])).value()
+        again = replace(operation, args=(here, *operation.args[1:])).value()
+        own, slope = torch.autograd.grad([again.sum(), at_zero.sum()], [here, zero])
+    with torch.no_grad():
+        ratio = torch.where(at_zero == 0, _ratio(x, value, slope).to(own.dtype), own)
+    return through_ratio(x, value, ratio)
 
 
 @dataclass(frozen=True)

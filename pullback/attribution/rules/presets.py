@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ...core.errors import MethodError
-from ...core.operations import LINEAR, NONLINEAR, canonical
+from ...core.operations import LINEAR, NONLINEAR
 from ...core.overrides import PASS, Operation, Rule
+from ...core.spellings import canonical
 from .activations import IdentityRule, OpaqueActivation, TanhGate
 from .attention import ATTENTION
 from .composites import EPSILON_PLUS

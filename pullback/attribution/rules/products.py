@@ -52,7 +52,10 @@ class HalfRule:
         share = 1 / live
         added = ADDED.get(name)
         if added is None or not carries_signal(operation.argument(added, "bias")):
-            return scaled_gradient(operation.value(), share)
+            value = operation.value()
+            if isinstance(value, tuple):  # torch.embedding_bag also tells how it counted
+                return (scaled_gradient(value[0], share), *value[1:])
+            return scaled_gradient(value, share)
         positions = PRODUCTS[name]
         args = tuple(
             scaled_gradient(value, share) if position in positions and carries_signal(value) else value

@@ -78,6 +78,38 @@ def test_hand_written_activations_obey_it(name: str) -> None:
         torch.testing.assert_close(found, coefficients(native, RELP, x)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "spelling", ["positional", "keywords", "one bound at a time", "broadcast", "in place"]
+)
+def test_clamp_by_tensors_is_clamp_by_numbers_entry_by_entry(spelling: str) -> None:
+    """Entries whose bounds hold zero obey the identity rule; where g(0) is a bound, the gradient stays."""
+    x = torch.tensor([-2.0, 0.0, 0.3, 2.0, 2.0, -3.0]).double()
+    low = torch.tensor([-0.5, -0.5, -0.5, -0.5, 0.5, 0.5]).double()
+    high = torch.tensor([1.5, 1.5, 1.5, 1.5, 3.0, 3.0]).double()
+    written: dict[str, Any] = {
+        "positional": lambda x: torch.clamp(x, low, high),
+        "keywords": lambda x: x.clip(min=low, max=high),
+        "one bound at a time": lambda x: x.clamp_min(low).clamp_max(high),
+        "broadcast": lambda x: x.clamp(low.expand(2, 6), high),
+        "in place": lambda x: (x * 1.0).clamp_(low, high),
+    }
+    (found,) = coefficients(written[spelling], RELP, x)
+    identity = torch.tensor([0.25, 1.0, 1.0, 0.75, 1.0, 0.0]).double()
+    if spelling == "broadcast":
+        identity = 2 * identity
+    torch.testing.assert_close(found, identity, rtol=1e-15, atol=0)
+    for entry in range(4):
+        (by_number,) = coefficients(lambda x: x.clamp(-0.5, 1.5), RELP, x[entry : entry + 1])
+        assert by_number.item() == identity[entry] / (2 if spelling == "broadcast" else 1)
+
+
+def test_bounds_that_carry_signal_share_as_a_maximum_does() -> None:
+    x, low = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 0.5]).double()
+    of_x, of_low = coefficients(torch.clamp, RELP, x, low)
+    assert of_x.tolist() == [1, 0]
+    assert of_low.tolist() == [0, 1]
+
+
 def test_relu_is_its_gradient() -> None:
     x = torch.tensor([-1.0, 0.0, 2.0])
     assert torch.equal(coefficients(F.relu, RELP, x)[0], torch.tensor([0.0, 0.0, 1.0]))

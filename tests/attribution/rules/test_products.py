@@ -131,3 +131,22 @@ def test_glu_conserves() -> None:
     assert relevance(lambda x: F.glu(x, -1), RELP, x).item() == pytest.approx(
         F.glu(x, -1).sum().item(), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("spelling", ["functional", "torch"])
+def test_a_bag_of_computed_embeddings_and_computed_weights_is_a_product(spelling: str) -> None:
+    """Each takes half; with constant weights the bag is linear and all goes to the table."""
+    index, table, weights = torch.tensor([[0, 2, 1], [3, 3, 0]]), random(4, 5), random(2, 3, seed=1)
+
+    def bag(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if spelling == "functional":
+            return F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
+        offsets = torch.tensor([0, 3])
+        return torch.embedding_bag(table, index.flatten(), offsets, False, 0, False, weights.flatten())[0]
+
+    half = bag(table, weights).sum().item() / 2
+    of_table, of_weights = coefficients(bag, RELP, table, weights)
+    assert (table * of_table).sum().item() == pytest.approx(half, rel=1e-12)
+    assert (weights * of_weights).sum().item() == pytest.approx(half, rel=1e-12)
+    (alone,) = coefficients(lambda table: bag(table, weights), RELP, table)
+    assert torch.equal(alone, 2 * of_table)

@@ -21,7 +21,7 @@ from .shadow import shadow
 from .sites import Site
 from .targets import TargetContext, continuations, resolve
 
-__all__ = ["pose", "pose_targets", "unsettled"]
+__all__ = ["on_shadow", "pose", "pose_targets", "require_settled", "unsettled"]
 
 
 def pose(
@@ -86,7 +86,7 @@ def pose_targets(
         notes: list[str] = []
         if isinstance(model, nn.Module):
             require_settled(model, allow_train)
-            clean = _on_shadow(model, read, wanted, resources, notes)
+            clean = on_shadow(model, read, wanted, resources, notes)
         else:
             notes.append(
                 "a plain callable: only its input can be explained, and parameters it closes over are not shielded"
@@ -109,7 +109,7 @@ def pose_targets(
     return problem
 
 
-def _on_shadow(
+def on_shadow(
     model: nn.Module, read: ModelInputs, wanted: Site | None, resources: Resources, notes: list[str]
 ) -> CleanPass:
     """The first pass on a shadow; on private copies of the tensors where the forward writes into them."""

@@ -1,15 +1,27 @@
-"""Sparse autoencoders on a model's activations: TopK and gradient selection, and files of four programs."""
+"""Sparse autoencoders on a model's activations: training, TopK and gradient selection, and files of four programs."""
 
+from .buffer import ShuffleBuffer
 from .config import SparseAutoencoderConfig
 from .converters import from_dictionary_learning, from_openai, from_sparsify, to_sparsify
-from .model import SparseAutoencoder, SparseAutoencoderLoss, SparseLatents
+from .latents import SparseAutoencoderLoss, SparseLatents
+from .model import SparseAutoencoder
 from .store import load, load_extra, save
+from .stream import ActivationGradientStream, SiteActivations
+from .trainer import Trainer
+from .training import TrainingResult, train_sae
+from .training_config import TrainingConfig
 
 __all__ = [
+    "ActivationGradientStream",
+    "ShuffleBuffer",
+    "SiteActivations",
     "SparseAutoencoder",
     "SparseAutoencoderConfig",
     "SparseAutoencoderLoss",
     "SparseLatents",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
     "from_dictionary_learning",
     "from_openai",
     "from_sparsify",
@@ -17,4 +29,5 @@ __all__ = [
     "load_extra",
     "save",
     "to_sparsify",
+    "train_sae",
 ]

@@ -16,6 +16,7 @@ from pullback.core.errors import InputError, MethodError
 __all__ = [
     "Activations",
     "Selection",
+    "cached_rows",
     "gathered_dot",
     "sparse_autoencode",
     "sparse_decode",
@@ -23,6 +24,7 @@ __all__ = [
     "two_stage_topk",
 ]
 
+_CACHED_BYTES = 2**19
 _GATHERED_BYTES = 8 * 2**20  # rows gathered at once in a sampled product: stays in the cache
 
 
@@ -54,7 +56,7 @@ def two_stage_topk(scores: Tensor, k: int, group: int | None = None) -> tuple[Te
     maxima = scores[:, : whole * size].unflatten(1, (whole, size)).amax(2)
     if tail:
         maxima = torch.cat([maxima, scores[:, whole * size :].amax(1, keepdim=True)], 1)
-    if bool(maxima.isnan().any()):
+    if scores.device.type == "cpu" and bool(maxima.isnan().any()):  # a GPU would have to be waited for
         raise InputError("the scores have NaN entries; expected finite activations, weights and gradients.")
     if maxima.shape[1] <= k or size == 1:
         indices = _ranked(scores, k)
@@ -101,6 +103,13 @@ def gathered_dot(indices: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
         for part, vectors in zip(indices.split(step), dense.split(step), strict=True)
     ]
     return torch.cat(pieces)
+
+
+def cached_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of so many rows of a matrix on the CPU that each stays in the cache through several operations."""
+    if matrix.device.type != "cpu":
+        return (matrix,)
+    return matrix.split(max(1, _CACHED_BYTES // (matrix.shape[1] * matrix.element_size())))
 
 
 class _Transposed(NamedTuple):

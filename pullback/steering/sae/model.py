@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,14 @@ from torch import Tensor, nn
 from pullback.core.errors import InputError, MethodError
 
 from .config import SELECTIONS, SparseAutoencoderConfig
-from .functional import Activations, Selection, sparse_autoencode, sparse_decode
+from .functional import Activations, Selection, cached_rows, sparse_autoencode, sparse_decode
+from .latents import SparseAutoencoderLoss, SparseLatents
+from .processes import Processes
 
-__all__ = ["SparseAutoencoder", "SparseAutoencoderLoss", "SparseLatents"]
+__all__ = ["SparseAutoencoder"]
 
 _FIRED = 1e-3  # a latent counts as fired above this value (Gao et al. 2024)
 _ROW_EPSILON = 1e-5  # added to the standard deviation of a row, as in OpenAI's and SAELens' files
-
-
-@dataclass(frozen=True, eq=False)
-class SparseLatents:
-    """The selected latents of each token.
-
-    Attributes:
-        indices: (..., k), by descending score.
-        values: (..., k), ReLU(z): some are 0 where fewer than k pre-activations are positive.
-        count: how many latents there are.
-        mean, deviation: (..., 1) of each token under row normalisation, to undo it; None otherwise.
-    """
-
-    indices: Tensor
-    values: Tensor
-    count: int
-    mean: Tensor | None = None
-    deviation: Tensor | None = None
-
-    def dense(self) -> Tensor:
-        """The values of all latents, (..., count), zero where not selected."""
-        zeros = self.values.new_zeros(*self.values.shape[:-1], self.count)
-        return zeros.scatter(-1, self.indices, self.values)
-
-
-class SparseAutoencoderLoss(NamedTuple):
-    """The training loss, its two terms, what was reconstructed (in the units of the input) and the latents."""
-
-    total: Tensor
-    reconstruction: Tensor
-    auxiliary: Tensor
-    output: Tensor
-    latents: SparseLatents
 
 
 class SparseAutoencoder(nn.Module):
@@ -189,7 +158,8 @@ class SparseAutoencoder(nn.Module):
         if activations.auxiliary_decoded is not None:
             residual = (target - output).detach()
             error = (activations.auxiliary_decoded - residual).square().mean()
-            auxiliary = (error / _variance(residual, average)).nan_to_num(0.0)
+            # on a GPU also without dead latents, when nothing of it counts
+            auxiliary = (error / _variance(residual, average)).nan_to_num(0.0) * dead.any()
         total = reconstruction + config.auxiliary_weight * auxiliary
         return SparseAutoencoderLoss(
             total,
@@ -205,22 +175,27 @@ class SparseAutoencoder(nn.Module):
     def normalize_decoder_(self) -> None:
         """Bring every decoder row to norm 1 (nothing if the config says no ``unit_decoder``)."""
         if self.config.unit_decoder:
-            norms = torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True)
-            self.decoder.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
+            for rows in cached_rows(self.decoder):
+                norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+                rows.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
     @torch.no_grad()
     def project_decoder_gradient_(self) -> None:
         """Take from each decoder row's gradient its part along the row, which renormalising would undo."""
         if self.config.unit_decoder and self.decoder.grad is not None:
-            along = torch.einsum("nd,nd->n", self.decoder.grad, self.decoder)
-            self.decoder.grad.addcmul_(self.decoder, along.unsqueeze(1), value=-1.0)
+            for gradient, rows in zip(cached_rows(self.decoder.grad), cached_rows(self.decoder), strict=True):
+                along = torch.einsum("nd,nd->n", gradient, rows)
+                gradient.addcmul_(rows, along.unsqueeze(1), value=-1.0)
 
     @torch.no_grad()
-    def count_(self, latents: SparseLatents) -> None:
-        """Add the tokens of a batch to the counters of silence; a latent with a value above 0.001 restarts at 0."""
+    def count_(self, latents: SparseLatents, processes: Processes | None = None) -> None:
+        """Add the tokens of a batch (of all processes) to the counters of silence; a latent with a value above 0.001
+        restarts at 0."""
         flat = latents.indices.flatten(), latents.values.detach().flatten()
         largest = flat[1].new_zeros(self.config.latents).scatter_reduce(0, *flat, "amax")
         tokens = latents.values.shape[:-1].numel()
+        if processes is not None:
+            largest, tokens = processes.largest(largest), tokens * processes.count
         self.tokens_since_fired.add_(tokens).masked_fill_(largest > _FIRED, 0)
 
     def dead_latents(self) -> Tensor:
@@ -291,6 +266,16 @@ class SparseAutoencoder(nn.Module):
 
     # --- inside ---
 
+    def normalized(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What is encoded: activations (tokens, width) under the input normalisation, and each row's mean and deviation
+        where those were taken out."""
+        flat = self._flat(x, "x")
+        if self.config.normalization == "row":
+            mean = flat.mean(1, keepdim=True)
+            deviation = (flat - mean).std(1, keepdim=True) + _ROW_EPSILON
+            return (flat - mean) / deviation, mean, deviation
+        return flat * self.input_scale if self.config.normalization == "mean_norm" else flat, None, None
+
     def _autoencode(
         self,
         x: Tensor,
@@ -301,14 +286,7 @@ class SparseAutoencoder(nn.Module):
     ) -> tuple[Tensor, SparseLatents, Activations]:
         """The normalised input (tokens, width), its latents, and what they decode to without bias."""
         config = self.config
-        flat = self._flat(x, "x")
-        mean = deviation = None
-        if config.normalization == "row":
-            mean = flat.mean(1, keepdim=True)
-            deviation = (flat - mean).std(1, keepdim=True) + _ROW_EPSILON
-            flat = (flat - mean) / deviation
-        elif config.normalization == "mean_norm":
-            flat = flat * self.input_scale
+        flat, mean, deviation = self.normalized(x)
         how = selection or config.selection
         if how not in SELECTIONS:
             raise MethodError(f'selection is {how!r}; expected one of "topk", "gradient".')
@@ -355,7 +333,8 @@ class SparseAutoencoder(nn.Module):
         flat = x.reshape(-1, self.config.width).to(self.decoder.dtype)
         if len(flat) == 0:
             raise InputError(f"{name} is {tuple(x.shape)}, without a token; expected at least one.")
-        if not bool(flat.detach().isfinite().all()):
+        # a GPU would have to be waited for; there NaN shows in the loss
+        if flat.device.type == "cpu" and not bool(flat.detach().isfinite().all()):
             raise InputError(
                 f"{name} has NaN or infinite entries; expected finite activations. Mask padding."
             )

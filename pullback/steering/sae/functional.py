@@ -109,7 +109,8 @@ def cached_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     """Pieces of so many rows of a matrix on the CPU that each stays in the cache through several operations."""
     if matrix.device.type != "cpu":
         return (matrix,)
-    return matrix.split(max(1, _CACHED_BYTES // (matrix.shape[1] * matrix.element_size())))
+    rows = max(1, _CACHED_BYTES // (matrix.shape[1] * matrix.element_size()))
+    return tuple(matrix.split(rows))
 
 
 class _Transposed(NamedTuple):

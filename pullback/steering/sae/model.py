@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         output = activations.decoded + self.decoder_bias
         reconstruction = (output - target).square().mean() / _variance(target, average)
         auxiliary = reconstruction.new_zeros(())
-        if activations.auxiliary_decoded is not None:
+        if dead is not None and activations.auxiliary_decoded is not None:
             residual = (target - output).detach()
             error = (activations.auxiliary_decoded - residual).square().mean()
             # on a GPU also without dead latents, when nothing of it counts

@@ -126,4 +126,4 @@ def _events(directory: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)

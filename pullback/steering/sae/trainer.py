@@ -147,7 +147,7 @@ class Trainer:
         self.optimizer.zero_grad()
         several = self.processes.count > 1
         loss = autoencoder.loss(x, gradient, beta=beta, average=self.processes.mean if several else None)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         for parameter in autoencoder.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -134,8 +134,8 @@ class Checkpoints:
             )
         if document.get("processes") != self.processes.count:
             raise FormatError(
-                f"{path} was written by {document.get('processes')} processes, and now there are "
-                f"{self.processes.count}; expected as many, as each has a buffer of its own. Start as many, or another directory."
+                f"{path} was written by {document.get('processes')} processes, each with a buffer of its own; expected "
+                f"{self.processes.count}, as many as now. Start as many, or choose another directory."
             )
         digests = document.get("digests")
         for name in (_TRAINING, _stream_name(self.processes.number)):

@@ -3,8 +3,10 @@
 # Imported here and not on first use, because functions and files share names: importing the file
 # pullback.datasets.mnist first would otherwise leave the module where the function is expected.
 from pullback.datasets.block_mnist import BlockMNIST, block_mnist
+from pullback.datasets.coloured_patches import PatchDocuments, coloured_patches
 from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
+from pullback.datasets.registers import Registers, register_documents
 from pullback.datasets.series import Windows, ecg5000, ecg_noise_stress, ppg
 from pullback.datasets.theory import Signals, block_signal, signal_coordinates
 from pullback.datasets.windowing import cut_windows
@@ -12,10 +14,13 @@ from pullback.datasets.windowing import cut_windows
 __all__ = [
     "BlockMNIST",
     "Digits",
+    "PatchDocuments",
+    "Registers",
     "Signals",
     "Windows",
     "block_mnist",
     "block_signal",
+    "coloured_patches",
     "cut_windows",
     "ecg5000",
     "ecg_noise_stress",
@@ -23,5 +28,6 @@ __all__ = [
     "load_idx",
     "mnist",
     "ppg",
+    "register_documents",
     "signal_coordinates",
 ]

@@ -65,6 +65,7 @@ from .core.errors import (
     ModelError,
     SiteError,
     TargetError,
+    TaskError,
 )
 from .core.inputs import Shared
 from .core.pose import pose
@@ -157,6 +158,7 @@ __all__ = [
     "SiteError",
     "SmoothGrad",
     "TargetError",
+    "TaskError",
     "TokenAt",
     "TokenEmbedding",
     "Uniform",

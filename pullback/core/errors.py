@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "SiteError",
     "TargetError",
+    "TaskError",
     "nearest",
 ]
 
@@ -39,6 +40,10 @@ class MethodError(ValueError):
 
 class CoverageError(ValueError):
     """A nonlinear operation ran that no rule covers, so relevance would be silently wrong."""
+
+
+class TaskError(ValueError):
+    """Tasks of a sweep failed; what the others found is kept, and running again does only what is missing."""
 
 
 class FormatError(ValueError):

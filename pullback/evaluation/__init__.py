@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         paired_difference,
         student_interval,
     )
+    from pullback.evaluation.sweep import Sweep, SweepPlan, Task
+    from pullback.evaluation.task_cache import cached
     from pullback.evaluation.views import Examples, View
 
 __all__ = [
@@ -55,10 +57,14 @@ __all__ = [
     "RetrainingRun",
     "RetrainingScore",
     "SquareRemoval",
+    "Sweep",
+    "SweepPlan",
+    "Task",
     "TrainSpec",
     "Trained",
     "View",
     "bootstrap_interval",
+    "cached",
     "comprehensiveness",
     "curve_intervals",
     "deletion",
@@ -96,6 +102,10 @@ _FILES = {
     "RetrainingResult": "retraining_results",
     "RetrainingRun": "retraining_results",
     "RetrainingScore": "retraining_results",
+    "Sweep": "sweep",
+    "SweepPlan": "sweep",
+    "Task": "sweep",
+    "cached": "task_cache",
     "Examples": "views",
     "View": "views",
     "entropy": "complexity",

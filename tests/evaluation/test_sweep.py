@@ -156,9 +156,9 @@ def test_plan_predicts_from_a_probe_that_is_kept(tmp_path: Path) -> None:
     assert (plan.tasks, plan.finished, plan.workers) == (5, 1, 1)
     assert plan.seconds is not None
     assert plan.memory is not None
-    assert 0.2 <= plan.seconds < 2
+    assert plan.seconds >= 4 * 0.05  # the machine may be busy
     assert 2**26 < plan.memory < 2**36
-    assert str(plan).startswith("5 tasks: 1 finished, 4 missing; about 0.")
+    assert str(plan).startswith("5 tasks: 1 finished, 4 missing; about ")
     assert str(plan).endswith("GiB (from a probe, which is kept)")
     sweep.run()
     assert log.read_text().split() == ["0", "1", "2", "3", "4"]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..core.errors import MethodError
 from ..core.overrides import Rule
-from ..core.pose import pose
-from .fullgrad_terms import record
+from .implicit_bias.recording import pose_and_record
 
 __all__ = ["Block", "ConservationReport", "conservation_report"]
 
@@ -33,9 +32,9 @@ class ConservationReport:
     Attributes:
         score: the explained score.
         input_share: relevance that arrives at the site, ``Σ x ⊙ c``.
-        blocks: in execution order; ``absorbed`` by biases, position tables and literals, ``leaked`` at nonlinear
-            operations whose derivative, or that of the rule for them, does not conserve (the biases of a fused
-            recurrent kernel among them).
+        blocks: in execution order; ``absorbed`` by biases, position tables and literals, and by the stabilisers of
+            LRP's rules for linear layers; ``leaked`` at nonlinear operations whose derivative, or that of the rule for them,
+            does not conserve (without rules, the biases of a fused recurrent kernel among them).
         residual: what is missing from the sum: rounding, or the operations in ``uncovered``.
         uncovered: operations that could not be looked into.
     """
@@ -135,16 +134,17 @@ def conservation_report(
     """
     if depth < 1:
         raise MethodError(f"depth counts parts of a module's path, at least 1, got {depth}.")
-    problem = pose(
+    _, recordings = pose_and_record(
         model,
         inputs,
-        target=target,
+        target,
+        rules,
+        lambda rows, grids: None,
         site=site,
         chunk=chunk,
         memory_budget=memory_budget,
         allow_train=allow_train,
     )
-    recordings = record(problem.under(rules) if rules else problem, lambda rows, grids: None)
     score = torch.cat([each.score for each in recordings])
     absorbed: dict[str, Tensor] = {}
     leaked: dict[str, Tensor] = {}

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import noise as draws
 from ..core.errors import MethodError
 from ..core.estimator import Moments, stream
-from ..core.points import Point, expand_like, leaves, map_leaves, take
+from ..core.points import Point, leaves, map_leaves
 from ..core.problem import Problem
 from .baselines import Baseline, memo_text
 from .gradient import Gradient
+from .noisy_points import NoisyPoints, require_noise
 from .paths import require_count
 
 __all__ = ["SmoothGrad", "VarGrad", "as_points", "like_point", "standard_error"]
@@ -122,41 +122,18 @@ def noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point]:
 
 def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, dict[str, Any]]:
     facts: dict[str, Any] = {"notes": []}
-    depth = str(nesting(smooth.method))
-    scale = map_leaves(lambda leaf: smooth.noise * example_range(leaf, problem.free), problem.point)
-    if smooth.noise > 0 and any(bool((each == 0).any()) for each in leaves(scale)):
+    place = NoisyPoints(
+        problem,
+        smooth.noise,
+        smooth.seed,
+        antithetic=smooth.antithetic,
+        independent=smooth.independent,
+        stream=str(nesting(smooth.method)),
+    )
+    if place.constant:
         facts["notes"].append(
             "an example is constant at the site: its noise is zero, so its result is the plain method"
         )
-    batch_draws: dict[tuple[int, int, str], Tensor] = {}
-
-    def drawn(node: int, row: int, name: str, leaf: Tensor) -> Tensor:
-        """One example's noise for one draw; padding gets none, so its length cannot change the draw."""
-        number, sign = (node // 2, 1 - 2 * (node % 2)) if smooth.antithetic else (node, 1)
-        stream_name = f"{depth}/{name}" + (f"/{int(problem.examples[row])}" if smooth.independent else "")
-        free = None if problem.free is None else problem.free[row]
-        shape = leaf.shape[1:] if free is None else (int(free.sum()), *leaf.shape[2:])
-        key = (number, shape[0] if shape else 0, stream_name)
-        if key not in batch_draws:
-            # rows come draw by draw, so only the present draw is worth keeping
-            if any(kept[0] != number for kept in batch_draws):
-                batch_draws.clear()
-            batch_draws[key] = complex_normal(shape, smooth.seed, number, stream_name, leaf)
-        unit = sign * batch_draws[key]
-        if free is None:
-            return unit
-        full = torch.zeros(leaf.shape[1:], dtype=unit.dtype)
-        full[free.cpu()] = unit
-        return full
-
-    def place(nodes: Tensor, index: Tensor) -> Point:
-        pairs = list(zip(nodes.tolist(), index.tolist(), strict=True))
-        moved: dict[str, Tensor] = {}
-        for name, leaf, sigma in _named(problem.point, scale):
-            noise = torch.stack([drawn(node, row, name, leaf) for node, row in pairs])
-            spread = noise.to(leaf.device) * expand_like(sigma[index.to(sigma.device)], leaf)
-            moved[name] = take(leaf, index) + spread.to(leaf.dtype)  # type: ignore[operator]
-        return moved[""] if isinstance(problem.point, Tensor) else moved
 
     evaluate = None
     if not isinstance(smooth.method, Gradient):
@@ -174,24 +151,6 @@ def _noisy_moments(problem: Problem, smooth: SmoothGrad) -> tuple[Point, Point, 
     moments = stream(problem, torch.ones(smooth.samples), place, evaluate, second=True, progress="smoothgrad")
     mean, variance = as_points(moments)
     return like_point(mean, problem), like_point(variance, problem, real=True), facts
-
-
-def example_range(leaf: Tensor, free: Tensor | None) -> Tensor:
-    """max - min over each example, in at least float32, padding left out: (B,)."""
-    values = torch.view_as_real(leaf) if leaf.is_complex() else leaf
-    values = values.detach().to(torch.float64 if values.dtype == torch.float64 else torch.float32)
-    low = high = values
-    if free is not None:
-        padding = ~free.reshape(*free.shape, *[1] * (values.dim() - 2)).to(values.device)
-        low, high = values.masked_fill(padding, torch.inf), values.masked_fill(padding, -torch.inf)
-    return high.reshape(len(high), -1).max(1).values - low.reshape(len(low), -1).min(1).values
-
-
-def complex_normal(shape: Any, seed: int, draw: int, name: str, like: Tensor) -> Tensor:
-    """Standard normal noise; for complex values independent real and imaginary parts."""
-    if not like.is_complex():
-        return draws.normal(shape, seed, draw, name)
-    return torch.view_as_complex(draws.normal((*shape, 2), seed, draw, name))
 
 
 def nesting(method: Any) -> int:
@@ -236,13 +195,4 @@ def require_smoothing(method: Any, samples: int, noise: float) -> None:
             f"{method!r} is a baseline, not a method; write for example SmoothGrad(Gradient())."
         )
     require_count("samples", samples)
-    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < float("inf"):
-        raise MethodError(f"noise is a fraction of the example's range, at least 0; got {noise!r}.")
-
-
-def _named(point: Point, scale: Point) -> list[tuple[str, Tensor, Tensor]]:
-    if isinstance(point, Tensor):
-        assert isinstance(scale, Tensor)
-        return [("", point, scale)]
-    assert isinstance(scale, dict)
-    return [(name, leaf, scale[name]) for name, leaf in point.items()]
+    require_noise(noise)

@@ -21,6 +21,7 @@ __all__ = [
     "Uncovered",
     "audit",
     "flattened",
+    "graph_nodes",
     "is_opaque",
     "require_covered",
     "write_mark",
@@ -154,7 +155,7 @@ def audit(
     if above is not None:
         # where none of them is on the way (outputs in a class of the model's own), everything is audited
         pending = _reached([*pending], {tensor.grad_fn for tensor in above} - {None}) or pending
-    for node in _nodes(pending, (tensor.grad_fn for tensor in below)):
+    for node in graph_nodes(pending, (tensor.grad_fn for tensor in below)):
         mark = node.metadata.get(MARK) if node.next_functions else None
         if isinstance(mark, Mark):
             if not mark.covered and mark not in marks:
@@ -187,11 +188,11 @@ def is_opaque(output: Any, given: Any) -> bool:
         return False
     return any(
         MARK not in node.metadata and _nonlinear(node) is not None
-        for node in _nodes([output.grad_fn], [given.grad_fn])
+        for node in graph_nodes([output.grad_fn], [given.grad_fn])
     )
 
 
-def _nodes(starts: Iterable[Any], ends: Iterable[Any]) -> Iterator[Any]:
+def graph_nodes(starts: Iterable[Any], ends: Iterable[Any]) -> Iterator[Any]:
     """Every node from the starts towards the leaves, once each, up to the ends and without them."""
     pending = [*starts]
     seen = {None, *ends}  # holds the nodes: their Python faces are compared by identity

@@ -16,6 +16,7 @@ from .edits import capture
 from .embeddings import find_embeddings
 from .errors import InputError, SiteError
 from .inputs import ModelInputs
+from .live_pass import LivePass
 from .points import Point, map_leaves
 from .posed import kept_random_state, random_state_lock
 from .resources import AllocationMeter, PeakMeter, Resources, is_out_of_memory
@@ -27,7 +28,8 @@ __all__ = ["CleanPass", "concatenated"]
 class CleanPass:
     """The clean point, the number of calls of the site, the output, and what a row allocates.
 
-    Writes into ``protected`` storages raise SharedWriteError before they happen.
+    Writes into ``protected`` storages raise SharedWriteError before they happen. A ``live`` pass keeps the graph of
+    this one where it can.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class CleanPass:
         site: Site,
         resources: Resources,
         protected: frozenset[int] = frozenset(),
+        live: LivePass | None = None,
     ) -> None:
         self.module = module
         self.read = read
@@ -44,7 +47,9 @@ class CleanPass:
         self.asked_site = str(site)
         self.resources = resources
         self.protected = protected
+        self.live = live
         self.stochastic = False
+        self.batch_norms = False
         self.generators: tuple[torch.Generator, ...] = ()
         self.outputs: list[Any] = []
         self.points: list[Point] = []
@@ -71,6 +76,8 @@ class CleanPass:
                 # again with the draws that every later evaluation will see, so that clean values belong to them
                 self.outputs.clear()
                 self.points.clear()
+                if self.live is not None:
+                    self.live.drop()
                 seeded, start = True, 0
                 continue
             start += len(rows)
@@ -83,11 +90,11 @@ class CleanPass:
         return max(1, int(self.resources.budget or 0) // max(1, int(meter.peak)))
 
     def _run_rows(self, rows: Tensor | None) -> None:
-        args, kwargs = self.read.rows(rows, {})
         seeded = self.stochastic
+        live = None if seeded or rows is not None else self._usable_live()
         meter = AllocationMeter(self.protected) if self.resources.row_bytes is None else nullcontext()
         with (
-            torch.no_grad(),
+            torch.no_grad(),  # a live pass turns gradients on again
             kept_random_state(0, self.generators) if seeded else random_state_lock,
             ExitStack() as stack,
         ):
@@ -95,12 +102,18 @@ class CleanPass:
             found: Any = None
             if self.site.kind == "embeddings":
                 assert isinstance(self.module, nn.Module)
-                found = stack.enter_context(find_embeddings(self.module, self.read))
+                edit = None if live is None else live.substitute
+                found = stack.enter_context(find_embeddings(self.module, self.read, edit))
             elif self.site.kind == "module":
                 assert isinstance(self.module, nn.Module)
                 # every call is read, so that an error can say how many there were
                 every = dataclasses.replace(self.site, call=None)
                 found = stack.enter_context(capture(self.module, [every]))[every]
+            leaves = {}
+            if live is not None:
+                assert isinstance(self.module, nn.Module)
+                leaves = stack.enter_context(live.running(self.module, self.site, self.read))
+            args, kwargs = self.read.rows(rows, leaves)
             stack.enter_context(meter)
             try:
                 output = self.module(*args, **kwargs)
@@ -113,12 +126,22 @@ class CleanPass:
                         own.set_state(state)
         if isinstance(meter, AllocationMeter):
             self.resources.learn(meter, self.read.batch if rows is None else len(rows))
+            self.batch_norms = meter.batch_norms
         if self.site.kind == "embeddings":
             self.site, point = found.resolve()
             self.points.append(point)
         elif self.site.kind == "module":
             self.points.append(self._captured(found))
         self.outputs.append(output)
+        if live is not None:
+            live.finish(output)
+
+    def _usable_live(self) -> LivePass | None:
+        """The live pass where this one may be it: a few rows, in one piece, without limits on memory."""
+        limited = self.resources.budget is not None or self.resources.chunk is not None
+        if self.live is None or limited or not self.live.suits(self.site, self.read):
+            return None
+        return self.live
 
     def _captured(self, values: list[Tensor]) -> Tensor:
         path = self.site.path

@@ -7,7 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["contiguous_gradients"]
+from .audit import graph_nodes
+from .operations import node_operation
+
+__all__ = ["contiguous_gradients", "contiguous_gradients_behind"]
 
 
 def contiguous_gradients(module: nn.Module) -> None:
@@ -31,3 +34,19 @@ def _watched(module: nn.Module, args: Any, output: Any) -> None:
         and output.is_contiguous()
     ):
         output.register_hook(Tensor.contiguous)
+
+
+def contiguous_gradients_behind(score: Tensor) -> None:
+    """The same for every batch norm of one example that a score was computed by, called as a module or not.
+
+    Walks the autograd graph, so it is for models whose first pass was seen to run a batch norm.
+    """
+    if not score.requires_grad or score.device.type != "cpu":
+        return
+    for node in graph_nodes([score.grad_fn], []):
+        if "batch_norm" in node_operation(node.name()) and tuple(node._input_metadata[0].shape[:1]) == (1,):
+            node.register_prehook(_made_contiguous)
+
+
+def _made_contiguous(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if each is None else each.contiguous() for each in gradients)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .edits import Edit
 from .errors import InputError
 from .inputs import ModelInputs
 from .sites import Site
@@ -17,13 +18,16 @@ __all__ = ["find_embeddings"]
 
 
 @contextmanager
-def find_embeddings(model: nn.Module, inputs: ModelInputs) -> Iterator[_Watch]:
+def find_embeddings(
+    model: nn.Module, inputs: ModelInputs, substitute: Edit | None = None
+) -> Iterator[_Watch]:
     """Watch one forward pass of a (shadow) model for the embeddings of the given token ids.
 
     The site is the output of the embedding module that is called with those ids; where other inputs (pixels, sound)
-    are merged into the sequence, it is the ``inputs_embeds`` handed to the language model after the merge.
+    are merged into the sequence, it is the ``inputs_embeds`` handed to the language model after the merge. An edit
+    given as ``substitute`` is applied to the embeddings of the ids.
     """
-    watch = _Watch(type(model).__name__, inputs)
+    watch = _Watch(type(model).__name__, inputs, substitute)
     with ExitStack() as stack:
         for path, module in model.named_modules():
             if isinstance(module, nn.Embedding) or "embedding" in type(module).__name__.lower():
@@ -38,8 +42,9 @@ def find_embeddings(model: nn.Module, inputs: ModelInputs) -> Iterator[_Watch]:
 class _Watch:
     """What one forward pass showed: embedding calls with our ids, and merged embeddings handed on."""
 
-    def __init__(self, model_name: str, inputs: ModelInputs) -> None:
+    def __init__(self, model_name: str, inputs: ModelInputs, substitute: Edit | None) -> None:
         self.model_name = model_name
+        self.substitute = substitute
         self.tokens = inputs.tokens
         self.given = "inputs_embeds" in inputs.leaf
         # also pixels with a row per patch instead of per example, which are no explained leaf
@@ -51,12 +56,15 @@ class _Watch:
         self.handed_on: list[tuple[Site, Tensor]] = []
 
     def embedded(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             call = self.calls[path] = self.calls.get(path, -1) + 1
             # a quantised embedding returns its scale as well
             value = output[0] if isinstance(output, tuple) and output else output
             if self.found is None and isinstance(value, Tensor) and args and self._ours(args[0], value):
                 self.found = Site("module", path, call), value.detach().clone()
+                if self.substitute is not None and value is output:
+                    return self.substitute(value, call)
+            return None
 
         return hook
 

@@ -21,19 +21,23 @@ from .bodies import body_of
 from .rule import PASS, Operation
 from .spellings import Spelling, canonical, canonical_call
 
-__all__ = ["KERNELS", "SMALLEST", "Lean", "lean_backward"]
+__all__ = ["BATCH_NORMS", "KERNELS", "SMALLEST", "Lean", "lean_backward"]
 
 SMALLEST: Final = 65_536
 """Elements of an input below which the native operation is faster and small anyway (measured)."""
 
 aten = torch.ops.aten
-KERNELS: Final = frozenset(
+BATCH_NORMS: Final = frozenset(
     {
-        aten.convolution.default,
         aten.native_batch_norm.default,
         aten._native_batch_norm_legit_no_training.default,
         aten.cudnn_batch_norm.default,
         aten.miopen_batch_norm.default,
+    }
+)
+KERNELS: Final = BATCH_NORMS | frozenset(
+    {
+        aten.convolution.default,
         aten.relu.default,
         aten.relu_.default,
         aten.max_pool2d_with_indices.default,

@@ -249,19 +249,22 @@ class _RuleMode(TorchFunctionMode):
 
 
 @contextmanager
-def overrides(module: nn.Module, rules: Sequence[Rule], *, detach: bool = True) -> Iterator[Coverage]:
+def overrides(
+    module: nn.Module, rules: Sequence[Rule], *, detach: bool = True, coverage: Coverage | None = None
+) -> Iterator[Coverage]:
     """While open, matching operations in this thread take the derivative of the first rule to handle them.
 
     ``module`` is a private (shadow) tree: its hooks, removed on exit, tell where operations run. ``detach``
     makes stray trainable parameters constants. Values stay those without rules, bit for bit. Keep it open for
-    the backward pass, or checkpointed blocks are recomputed without rules. Contexts nest, innermost first.
+    the backward pass, or checkpointed blocks are recomputed without rules; or open it again with the ``coverage`` it
+    gave, which then goes on counting. Contexts nest, innermost first.
 
     >>> with overrides(nn.ReLU(), []) as coverage:
     ...     _ = nn.ReLU()(torch.ones(2, requires_grad=True))
     >>> coverage.summary()
     [{'operation': 'relu', 'module': '', 'rule': 'gradient', 'count': 1}]
     """
-    coverage = Coverage()
+    coverage = Coverage() if coverage is None else coverage
     modules = RunningModules(module, coverage)
     try:
         with _RuleMode(modules, rules, coverage, detach):

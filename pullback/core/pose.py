@@ -13,8 +13,9 @@ from .contiguity import contiguous_gradients
 from .continuations import extend
 from .errors import InputError, ModelError, SiteError, TargetError
 from .inputs import ModelInputs, read_inputs
-from .points import Point, map_leaves, widest
-from .posed import PosedModel, Variant
+from .live_pass import LivePass
+from .points import map_leaves, widest
+from .posed import PosedModel, Variant, free_positions
 from .problem import Problem
 from .resources import Resources, SharedWriteError, storages
 from .shadow import shadow
@@ -73,8 +74,12 @@ def pose_targets(
     chunk: int | str = "auto",
     memory_budget: int | float | str | None = None,
     allow_train: bool = False,
+    live: LivePass | None = None,
 ) -> Problem:
-    """Pose several targets together: B·K rows, example-major, that share their forwards where points coincide."""
+    """Pose several targets together: B·K rows, example-major, that share their forwards where points coincide.
+
+    A ``live`` pass keeps the graph of the first forward, for a caller that evaluates the clean point once.
+    """
     if not callable(model):
         raise InputError(
             f"the model is a {type(model).__name__}, which cannot be called. Give an nn.Module or a function."
@@ -86,7 +91,7 @@ def pose_targets(
         notes: list[str] = []
         if isinstance(model, nn.Module):
             require_settled(model, allow_train)
-            clean = on_shadow(model, read, wanted, resources, notes)
+            clean = on_shadow(model, read, wanted, resources, notes, live)
         else:
             notes.append(
                 "a plain callable: only its input can be explained, and parameters it closes over are not shielded"
@@ -110,7 +115,12 @@ def pose_targets(
 
 
 def on_shadow(
-    model: nn.Module, read: ModelInputs, wanted: Site | None, resources: Resources, notes: list[str]
+    model: nn.Module,
+    read: ModelInputs,
+    wanted: Site | None,
+    resources: Resources,
+    notes: list[str],
+    live: LivePass | None = None,
 ) -> CleanPass:
     """The first pass on a shadow; on private copies of the tensors where the forward writes into them."""
     writes = any(module.training and unsettled(module) for module in model.modules())
@@ -118,13 +128,14 @@ def on_shadow(
         built = shadow(model, private=writes)
         contiguous_gradients(built.module)
         site = default_site(wanted, read, hookable=not isinstance(built.module, torch.jit.ScriptModule))
-        clean = CleanPass(
-            built.module, read, site, resources, frozenset() if writes else storages(built.module)
-        )
+        protected = frozenset[int]() if writes else storages(built.module)
+        clean = CleanPass(built.module, read, site, resources, protected, live)
         try:
             clean.run()
         except SharedWriteError:
             writes = True
+            if live is not None:
+                live.drop()
             notes.append(
                 "the forward writes into its parameters or buffers, so it runs on private copies of them"
             )
@@ -199,9 +210,10 @@ def _problem(
         leaf_names=(clean.site.leaf,) if clean.site.leaf and clean.site.kind == "input" else read.explained,
         point=point,
         targets=(),
-        free=_free(read, clean.site, point),
+        free=free_positions(read, clean.site, point),
         stochastic=clean.stochastic,
         generators=clean.generators,
+        batch_norms=clean.batch_norms,
         asked_site=clean.asked_site,
         token_site=_is_token_site(clean),
         tokenizer=next(
@@ -248,23 +260,6 @@ def _is_token_site(clean: CleanPass) -> bool:
     if clean.site.kind != "module" or not isinstance(clean.module, nn.Module):
         return False
     return clean.site.side == "output" and isinstance(clean.site.module(clean.module), nn.Embedding)
-
-
-def _free(read: ModelInputs, site: Site, point: Point) -> Tensor | None:
-    """Where the value may move: token positions that the attention mask calls real."""
-    mask = read.attention_mask
-    # embeddings handed in are a sequence of tokens like those looked up
-    given = site.kind == "input" and (site.leaf or read.explained[0]) == "inputs_embeds"
-    if mask is None or not isinstance(point, Tensor):
-        return None
-    if not given and (read.token_leaf is None or site.kind == "input"):
-        return None
-    if point.dim() < 3 or point.shape[:2] != mask.shape or bool(mask.bool().all()):
-        return None
-    if point.dim() > 3 and point.shape[2] == mask.shape[1]:
-        # attention heads before the tokens, as many as there are tokens
-        return None
-    return mask.bool()
 
 
 def _finite(scores: Tensor) -> Tensor:

@@ -10,20 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
+from .contiguity import contiguous_gradients_behind
 from .edits import edit
-from .errors import SiteError
+from .errors import InputError, ModelError, SiteError
 from .inputs import ModelInputs
 from .overrides import rules_resumed
 from .points import Point, leaves, map_leaves, or_zeros, take
+from .resources import is_out_of_memory
 from .sites import Site
 from .targets import Resolved
 
 __all__ = [
     "PosedModel",
     "Variant",
+    "free_positions",
     "gradient_of",
     "gradients_enabled",
+    "held",
     "kept_random_state",
     "random_state_lock",
 ]
@@ -62,6 +67,7 @@ class PosedModel:
     free: Tensor | None = None
     stochastic: bool = False
     generators: tuple[torch.Generator, ...] = ()
+    batch_norms: bool = False
     whole: bool = False
     asked_site: str = "input"
     token_site: bool = False
@@ -82,8 +88,31 @@ class PosedModel:
 
     def output(self, z: Point, examples: Tensor) -> Any:
         """The model's output where the value at the site is z, one row per entry of ``examples``."""
-        outputs = tuple(self._call(variant, z, examples) for variant in self.variants)
+        try:
+            outputs = tuple(self._call(variant, z, examples) for variant in self.variants)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if (explained := self._without_rows(error, examples)) is None:
+                raise
+            raise explained from error
         return outputs if self.paired else outputs[0]
+
+    def _without_rows(self, error: Exception, examples: Tensor) -> InputError | None:
+        """Where other rows than the whole batch failed and an input has no rows to repeat: what to type instead."""
+        everyone = len(examples) == self.batch and bool((examples == torch.arange(self.batch)).all())
+        if everyone or isinstance(error, SiteError) or is_out_of_memory(error):
+            return None
+        rowless = [
+            f"{name} {tuple(leaf.shape)}"
+            for name, leaf in self.inputs.leaf.items()
+            if name not in self.inputs.examples and leaf.dim() > 1
+        ]
+        if not rowless:
+            return None
+        return InputError(
+            f"the forward failed for {len(examples)} rows though not for the batch of {self.batch}: {error}. "
+            f"{', '.join(rowless)} has no row for each example (image patches, for instance), so examples cannot be "
+            f"repeated or left out. Pass chunk={self.batch}, which evaluates the batch as it is, or one example."
+        )
 
     def scores(
         self,
@@ -104,27 +133,29 @@ class PosedModel:
         output = self.output(z, examples)
         if watch is not None:
             watch(output)
+        return self.asked_scores(output, examples, asked, place)
+
+    def asked_scores(
+        self, output: Any, examples: Tensor, asked: Tensor, place: Tensor | None = None
+    ) -> Tensor:
+        """The score each row asks for, (R,), from the model's output; row r lies at row ``place[r]`` of it."""
         if len(self.targets) == 1:
             return self.score_of(0, output, examples)
         every = torch.stack(
             [self.score_of(number, output, examples) for number in range(len(self.targets))], 1
         )
-        return every[place.to(every.device)].gather(1, asked.to(every.device)[:, None])[:, 0]
+        every = every if place is None else every[place.to(every.device)]
+        return every.gather(1, asked.to(every.device)[:, None])[:, 0]
 
     def score_of(self, number: int, output: Any, examples: Tensor) -> Tensor:
-        return self.targets[number].score(output, examples)
+        score = self.targets[number].score(output, examples)
+        if self.batch_norms and len(examples) == 1:
+            contiguous_gradients_behind(score)
+        return score
 
     def held(self, z: Point, examples: Tensor) -> Point:
         """z with padding kept at its clean value: it never moves, so it never receives attribution."""
-        if self.free is None:
-            return z
-        free = self.free
-
-        def hold(leaf: Tensor, clean: Tensor) -> Tensor:
-            rows = free.to(leaf.device).index_select(0, examples.to(leaf.device))
-            return torch.where(rows.reshape(*rows.shape, *[1] * (leaf.dim() - 2)), leaf, clean)
-
-        return map_leaves(hold, z, take(self.point, examples))
+        return held(z, take(self.point, examples), self.free, examples)
 
     def gradients(self, z: Point, examples: Tensor, asked: Tensor) -> tuple[Tensor, Point]:
         """Scores (R,) and their gradients at z. Rows that ask several targets at one place share its forward."""
@@ -193,6 +224,35 @@ class PosedModel:
             return self.module(*args, **kwargs)
 
 
+def held(z: Point, clean: Point, free: Tensor | None, examples: Tensor) -> Point:
+    """z where it may move, ``free`` (B, T) of each row's example, and the clean value elsewhere."""
+    if free is None:
+        return z
+
+    def hold(leaf: Tensor, fixed: Tensor) -> Tensor:
+        rows = free.to(leaf.device).index_select(0, examples.to(leaf.device))
+        return torch.where(rows.reshape(*rows.shape, *[1] * (leaf.dim() - 2)), leaf, fixed)
+
+    return map_leaves(hold, z, clean)
+
+
+def free_positions(read: ModelInputs, site: Site, point: Point) -> Tensor | None:
+    """Where the value may move: token positions that the attention mask calls real. None: everywhere."""
+    mask = read.attention_mask
+    # embeddings handed in are a sequence of tokens like those looked up
+    given = site.kind == "input" and (site.leaf or read.explained[0]) == "inputs_embeds"
+    if mask is None or not isinstance(point, Tensor):
+        return None
+    if not given and (read.token_leaf is None or site.kind == "input"):
+        return None
+    if point.dim() < 3 or point.shape[:2] != mask.shape or bool(mask.bool().all()):
+        return None
+    if point.dim() > 3 and point.shape[2] == mask.shape[1]:
+        # attention heads before the tokens, as many as there are tokens
+        return None
+    return mask.bool()
+
+
 def gradient_of(scores: Tensor, variables: Point, site: Site, keep: bool = False) -> Point:
     """The gradient of the sum of scores with respect to the leaves of a point at the site.
 
@@ -204,13 +264,34 @@ def gradient_of(scores: Tensor, variables: Point, site: Site, keep: bool = False
             "runs under no_grad, or never uses it. Choose a later site, or another target."
         )
     inputs = leaves(variables)
-    found = torch.autograd.grad(scores.sum(), inputs, retain_graph=keep, allow_unused=True)
+    try:
+        found = torch.autograd.grad(scores.sum(), inputs, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if (explained := _about_checkpoints(error, site)) is None:
+            raise
+        raise explained from error
     if all(part is None for part in found):
         raise SiteError(
             f'the score does not depend on "{site}": no path leads from there to the target. '
             "Choose a site before the target, or another target."
         )
     return or_zeros(found, variables)
+
+
+def _about_checkpoints(error: RuntimeError, site: Site) -> ModelError | SiteError | None:
+    """What to do where a backward failed because of gradient checkpoints; None where they are not the reason."""
+    if isinstance(error, CheckpointError):
+        return SiteError(
+            f'"{site}" lies inside a checkpointed block, which runs again in the backward pass without what was put at '
+            "the site. Choose a site outside the block, or switch checkpointing off: "
+            "model.gradient_checkpointing_disable()."
+        )
+    if "checkpoint is incompatible" in str(error):
+        return ModelError(
+            "the model has re-entrant gradient checkpoints, which allow no gradient of a value inside the graph. Use "
+            "checkpoint(..., use_reentrant=False), or switch them off: model.gradient_checkpointing_disable()."
+        )
+    return None
 
 
 def _same_places(z: Point, examples: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InputError
 from .inputs import nested_tensors
-from .lean import KERNELS, SMALLEST
+from .lean import BATCH_NORMS, KERNELS, SMALLEST
 
 __all__ = [
     "HELD_COPIES",
@@ -93,8 +93,9 @@ class AllocationMeter(TorchDispatchMode):
 
     ``bytes`` adds up every storage that operations create: an upper bound of what a backward could keep. ``draws``
     says whether any used a random generator; ``generators`` are those that are not torch's own, with their states
-    before. ``droppable`` are the bytes that a lean backward need not keep, ``largest`` the most elements of one tensor
-    among them. A write into a storage of ``protected`` raises SharedWriteError before it happens.
+    before. ``batch_norms`` says whether a batch norm ran. ``droppable`` are the bytes that a lean backward need not
+    keep, ``largest`` the most elements of one tensor among them. A write into a storage of ``protected`` raises
+    SharedWriteError before it happens.
     """
 
     def __init__(self, protected: frozenset[int] = frozenset()) -> None:
@@ -104,6 +105,7 @@ class AllocationMeter(TorchDispatchMode):
         self.droppable = 0
         self.largest = 0
         self.generators: dict[torch.Generator, Tensor] = {}
+        self.batch_norms = False
         self.protected = protected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,6 +118,7 @@ class AllocationMeter(TorchDispatchMode):
         given.update(_pointer(value) for value in kwargs.values() if isinstance(value, Tensor))
         if self.protected and func._schema.is_mutable and not self.protected.isdisjoint(given):
             self._require_private(func, args, kwargs)
+        self.batch_norms = self.batch_norms or func in BATCH_NORMS
         if func in KERNELS:
             self.droppable += args[0].numel() * args[0].element_size()
             self.largest = max(self.largest, args[0].numel())

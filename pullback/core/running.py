@@ -17,7 +17,7 @@ from torch._C._autograd import _get_sequence_nr
 from pullback.core.audit import Coverage
 from pullback.core.errors import CoverageError
 
-__all__ = ["ROOT", "Frame", "RunningModules"]
+__all__ = ["ROOT", "Frame", "RunningModules", "looks_like_activation"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Frame:
     activation: bool = False  # called one, without parameters and children
 
 
-def _looks_like_activation(module: nn.Module) -> bool:
+def looks_like_activation(module: nn.Module) -> bool:
+    """Called an activation, without parameters and children."""
     named = re.search("act|[ei]lu|swish|mish|tanh|soft", type(module).__name__, re.IGNORECASE)
     return bool(named) and not module._modules and not module._parameters
 
@@ -50,7 +51,7 @@ class RunningModules:
             parts = path.split(".") if path else []
             ancestors = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
             enclosing = tuple(text for name in ancestors for text in (name, type(names[name]).__name__))
-            frame = Frame(path, type(child).__name__, enclosing, _looks_like_activation(child))
+            frame = Frame(path, type(child).__name__, enclosing, looks_like_activation(child))
             self._handles += [
                 child.register_forward_pre_hook(partial(self._enter, frame), prepend=True),
                 child.register_forward_hook(partial(self._leave, frame), always_call=True),

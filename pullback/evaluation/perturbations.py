@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.attribution.baselines import baseline_point, default_baseline
-from pullback.attribution.smoothing import example_range
+from pullback.attribution.noisy_points import example_range
 from pullback.core import noise as draws
 from pullback.core.errors import InputError
 from pullback.core.points import Point, expand_like, map_leaves

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import pullback as pb
 from pullback.attribution import fullgrad_terms
-from pullback.attribution.fullgrad import FullGrad, area_weights, on_grid, on_tokens
+from pullback.attribution.fullgrad import FullGrad
+from pullback.attribution.fullgrad_grids import area_weights, on_grid, on_tokens
 from tests.attribution.test_fullgrad_terms import Computes, conv, linear, weighted
 from tests.golden_net import example, largest, tiny_cnn
 

@@ -177,7 +177,7 @@ def test_additive_constants_are_told_from_curvature(case: str) -> None:
     (found,) = implicit_bias(call, call.value()) or ()
     assert found.constant is not None
     assert torch.allclose(found.constant.expand_as(wanted).double(), wanted.double(), atol=EXACT)
-    assert (found.curvature is None) == (case != "layer_norm")
+    assert (found.bent() is None) == (case != "layer_norm")
 
 
 MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 0]], dtype=torch.bool)

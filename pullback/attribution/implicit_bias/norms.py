@@ -33,7 +33,7 @@ def _normalized(y: Tensor, variance: Tensor, eps: float, bias: Tensor | None) ->
     share = variance / (variance + eps)
     if bias is None:
         return ImplicitBias(curvature=y * share)
-    return ImplicitBias(bias, (y - bias).mul_(share))
+    return ImplicitBias(bias, whole=torch.lerp(bias.to(y.dtype), y, share.to(y.dtype)))
 
 
 def _layer_norm(operation: Operation, y: Tensor) -> ImplicitBias | None:

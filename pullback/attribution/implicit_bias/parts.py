@@ -31,14 +31,28 @@ class ImplicitBias:
     """The part of one result that its derivative does not explain; None stands for zero.
 
     Both parts broadcast to the result: ``constant`` comes from additive constants (biases, position tables,
-    literals), ``curvature`` from nonlinearity.
+    literals), ``curvature`` from nonlinearity. ``whole`` is their sum, where it is had at once.
     """
 
     constant: Tensor | None = None
     curvature: Tensor | None = None
+    whole: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is nothing to record."""
+        return self.constant is None and self.curvature is None and self.whole is None
+
+    def bent(self) -> Tensor | None:
+        """What comes from nonlinearity."""
+        if self.whole is None:
+            return self.curvature
+        return self.whole if self.constant is None else self.whole - self.constant
 
     def total(self) -> Tensor | None:
         """Both parts together."""
+        if self.whole is not None:
+            return self.whole
         if self.constant is None or self.curvature is None:
             return self.curvature if self.constant is None else self.constant
         return self.constant + self.curvature

@@ -24,14 +24,17 @@ __all__ = ["BiasRecorder", "Contribution", "Keep", "recorded"]
 
 @dataclass(eq=False)
 class Contribution:
-    """What one operation's implicit bias adds to the score: per example, constant part and curvature part.
+    """What one operation's implicit bias adds to the score, per example: ``sum``, or its two parts.
 
-    ``kept`` is what the recorder's ``keep`` made of the gradient and the bias.
+    ``kept`` is what the recorder's ``keep`` made of the gradient and its product with the bias; with it there is only
+    the sum, without it the parts are told apart. ``has_constant`` says whether an additive constant is among them.
     """
 
     name: str
     operation: str
     module_path: str
+    has_constant: bool = False
+    sum: Tensor | None = None
     constant: Tensor | None = None
     curvature: Tensor | None = None
     kept: Any = None
@@ -39,16 +42,19 @@ class Contribution:
     @property
     def reached(self) -> bool:
         """Whether the score depends on this operation."""
-        return self.constant is not None or self.curvature is not None
+        return any(part is not None for part in (self.sum, self.constant, self.curvature))
 
     def total(self) -> Tensor:
-        """Both parts, (B,) in float64."""
-        parts = [part for part in (self.constant, self.curvature) if part is not None]
+        """Everything, (B,) in float64."""
+        parts = [part for part in (self.sum, self.constant, self.curvature) if part is not None]
         return torch.stack([part.double() for part in parts]).sum(0)
 
 
-Keep = Callable[[Tensor, ImplicitBias], Any]
-"""Takes δ (the gradient at an operation's result) and the bias, gives what to keep of them."""
+Keep = Callable[["Tensor | None", Tensor], Any]
+"""Takes δ (the gradient at an operation's result) and δ ⊙ b, gives what to keep of them.
+
+δ is None where only the product is known, under a rule and for a chain of elementwise operations.
+"""
 
 
 class BiasRecorder:
@@ -67,6 +73,7 @@ class BiasRecorder:
         self.unknown: list[str] = []
         self.precision = 0.0
         self.grids: dict[tuple[int, ...], None] = {}
+        self.in_chain = False  # the chain has a term of its own
         self.scoring = False  # rules are the model's: targets keep their own derivatives
         self._surrogates: list[_Surrogate] = []
 
@@ -74,7 +81,7 @@ class BiasRecorder:
         return "implicit bias"
 
     def __call__(self, operation: Operation) -> Any:
-        return self.watch(operation, operation.value())
+        return PASS if self.in_chain else self.watch(operation, operation.value())
 
     def watch(self, operation: Operation, result: Any) -> Any:
         """Record the bias of an operation with its ordinary derivative."""
@@ -90,13 +97,13 @@ class BiasRecorder:
         result, values = _apart(operation, result, values)
         for value, bias in zip(values, biases, strict=True):
             self.precision = max(self.precision, _EPSILON[value.dtype])
-            if bias.constant is not None or bias.curvature is not None:
+            if not bias.is_zero:
                 self.add(operation.name, operation.module_path, value, bias)
         return result
 
     def add(self, operation: str, module_path: str, value: Tensor, bias: ImplicitBias) -> None:
         """Tie a bias to a value."""
-        contribution = Contribution("", operation, module_path)
+        contribution = Contribution("", operation, module_path, bias.constant is not None)
         self.contributions.append(contribution)
         value.register_hook(partial(self._arrived, contribution, bias))
 
@@ -109,7 +116,8 @@ class BiasRecorder:
             return PASS
         result, values = _apart(operation, result, differentiable(result))
         contribution = Contribution("", operation.name, operation.module_path)
-        surrogate = _Surrogate(contribution, len({each.shape for each in (*values, *operands)}) == 1)
+        same_shape = len({each.shape for each in (*values, *operands)}) == 1
+        surrogate = _Surrogate(contribution, same_shape, bool(getattr(rule, "conserves", False)))
         if values:
             self.contributions.append(contribution)
             self._surrogates.append(surrogate)
@@ -137,19 +145,24 @@ class BiasRecorder:
             return
         with torch.no_grad():
             delta = delta.detach()
+            if self.keep is not None:
+                total = bias.total()
+                assert total is not None  # zero biases are not recorded
+                product = real_product(delta, total)
+                contribution.sum = per_example(product, self.rows)
+                contribution.kept = self.keep(delta, product)
+                return
             if bias.constant is not None:
                 contribution.constant = inner(delta, bias.constant, self.rows)
-            if bias.curvature is not None:
-                contribution.curvature = inner(delta, bias.curvature, self.rows)
-            if self.keep is not None:
-                contribution.kept = self.keep(delta, bias)
+            if (curvature := bias.bent()) is not None:
+                contribution.curvature = inner(delta, curvature, self.rows)
 
 
 class _Surrogate:
     """The balance of one operation under a rule: what reached its result minus what left its operands."""
 
-    def __init__(self, contribution: Contribution, same_shape: bool) -> None:
-        self.contribution, self.same_shape = contribution, same_shape
+    def __init__(self, contribution: Contribution, same_shape: bool, conserves: bool) -> None:
+        self.contribution, self.same_shape, self.conserves = contribution, same_shape, conserves
         self.balance: Tensor | None = None
         self.constant: Tensor | None = None
 
@@ -178,14 +191,17 @@ class _Surrogate:
     def settle(self, rows: int, keep: Keep | None) -> None:
         if self.balance is None:
             return
+        if keep is not None:
+            self.contribution.sum = per_example(self.balance, rows)
+            self.contribution.kept = keep(None, self.balance)
+            return
+        if self.conserves:
+            self.contribution.constant = per_example(self.balance, rows)
+            return
         curvature = self.balance if self.constant is None else self.balance - self.constant
         self.contribution.curvature = per_example(curvature, rows)
         if self.constant is not None:
             self.contribution.constant = per_example(self.constant, rows)
-        if keep is not None:
-            self.contribution.kept = keep(
-                torch.ones_like(self.balance), ImplicitBias(self.constant, curvature)
-            )
 
 
 def _apart(operation: Operation, result: Any, values: list[Tensor]) -> tuple[Any, list[Tensor]]:

@@ -6,7 +6,8 @@ Contributions x_j w_jk are split by sign, (·)⁺ and (·)⁻. The forward value
 
 Every rule has ``bias``: true, the bias takes its share of the relevance; false, denominators leave it out, so that
 the inputs share everything. ``epsilon`` stabilises a denominator z as z + ε sign(z), sign(0) = 1; a denominator of
-exactly zero has no contributions and passes nothing. ``applies_to`` is "convolution", "dense" or "all".
+exactly zero has no contributions and passes nothing. ``applies_to`` is "convolution", "dense" or "all". ``conserves``
+tells the conservation report that what does not reach the inputs is with the bias (and the stabiliser).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Epsilon:
     applies_to: AppliesTo = "all"
     within: str | None = None
     family: ClassVar[str] = "linear"
+    conserves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self)
@@ -94,6 +96,7 @@ class ZPlus:
     applies_to: AppliesTo = "all"
     within: str | None = None
     family: ClassVar[str] = "linear"
+    conserves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self)
@@ -135,6 +138,7 @@ class AlphaBeta:
     applies_to: AppliesTo = "all"
     within: str | None = None
     family: ClassVar[str] = "linear"
+    conserves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self)
@@ -186,6 +190,7 @@ class Gamma:
     applies_to: AppliesTo = "all"
     within: str | None = None
     family: ClassVar[str] = "linear"
+    conserves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self)
@@ -227,6 +232,7 @@ class MergedBatchNorm:
     """
 
     operations: ClassVar[frozenset[str]] = frozenset(["batch_norm"])
+    conserves: ClassVar[bool] = True
     within: str | None = None
 
     def __call__(self, operation: Operation) -> Any:

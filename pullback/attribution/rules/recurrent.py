@@ -234,6 +234,7 @@ class RecurrentDecomposition:
     operations: ClassVar[frozenset[str]] = frozenset(
         [*_STEPS, *(f"{name}_cell" for name in _STEPS), *_PACKING]
     )
+    conserves: ClassVar[bool] = True  # what does not reach inputs and states is with the biases
     within: str | None = None
 
     def __call__(self, operation: Operation) -> Any:

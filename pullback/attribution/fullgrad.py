@@ -56,7 +56,7 @@ class FullGrad:
     Raises:
         MethodError: an unknown option, several explained input leaves, a domain, or a plain callable.
 
-    Cost: one forward and one backward pass, COST2 times the plain ones; ``samples`` of them, and all terms held at
+    Cost: one forward and one backward pass, and a term for each operation; ``samples`` times that, and all terms held at
     once, where it is smooth. Deterministic.
 
     Source: Srinivas and Fleuret 2019, eq. 6; the general theorem is in docs of ``fullgrad_terms``; the smooth and

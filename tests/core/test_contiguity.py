@@ -52,3 +52,29 @@ def test_channels_last_weights_after_a_batch_norm() -> None:
     batch = only(pb.explain(net, x, target=1, method="gradient"))
     alone = only(pb.explain(net, x[:1], target=1, method="gradient"))
     torch.testing.assert_close(alone[0], batch[0], rtol=1e-5, atol=1e-6)
+
+
+class Functional(nn.Module):
+    """Batch norm called as a function, with and without a module of the kind beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, 1.5, 1.0, 2.0], dtype=torch.float64))
+        self.read = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = 0.1 * self.scale, self.scale
+        tokens = nn.functional.batch_norm(x, mean, variance, self.scale, mean).flatten(2).transpose(1, 2)
+        return torch.tanh(self.read(tokens)).sum(1)
+
+
+@pytest.mark.parametrize("method", ["gradient", "lrp", "fullgrad"])
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_a_functional_batch_norm_is_guarded_too(method: str, budget: str | None) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, x = Functional(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    batch = only(pb.explain(net, x, target=1, method=method, chunk=2))
+    for row in range(2):
+        alone = only(pb.explain(net, x[row : row + 1], target=1, method=method, memory_budget=budget))
+        torch.testing.assert_close(alone[0], batch[row], rtol=0, atol=1e-13)

@@ -33,8 +33,8 @@ class ConservationReport:
         score: the explained score.
         input_share: relevance that arrives at the site, ``Σ x ⊙ c``.
         blocks: in execution order; ``absorbed`` by biases, position tables and literals, and by the stabilisers of
-            LRP's rules for linear layers; ``leaked`` at nonlinear operations whose derivative, or that of the rule for them,
-            does not conserve (without rules, the biases of a fused recurrent kernel among them).
+            LRP's rules for linear layers; ``leaked`` at nonlinear operations whose derivative, or that of the rule
+            for them, does not conserve (without rules, the biases of a fused recurrent kernel among them).
         residual: what is missing from the sum: rounding, or the operations in ``uncovered``.
         uncovered: operations that could not be looked into.
     """

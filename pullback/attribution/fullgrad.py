@@ -56,8 +56,8 @@ class FullGrad:
     Raises:
         MethodError: an unknown option, several explained input leaves, a domain, or a plain callable.
 
-    Cost: one forward and one backward pass, and a term for each operation; ``samples`` times that, and all terms held at
-    once, where it is smooth. Deterministic.
+    Cost: one forward and one backward pass, and a term for each operation; ``samples`` times that, and all terms held
+    at once, where it is smooth. Deterministic.
 
     Source: Srinivas and Fleuret 2019, eq. 6; the general theorem is in docs of ``fullgrad_terms``; the smooth and
     simple variants: the authors' code (25 samples, there with the noise scaled by the range of the whole batch).

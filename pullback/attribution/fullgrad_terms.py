@@ -70,8 +70,8 @@ def fullgrad_terms(
     Raises:
         MethodError: the model is a plain callable, which cannot be looked into.
 
-    Cost: one forward and one backward pass, with a term for each operation, for up to four examples; more have a forward
-    first that measures and fixes the target. Examples one by one where a layer mixes their order.
+    Cost: one forward and one backward pass, with a term for each operation, for up to four examples; more have a
+    forward first that measures and fixes the target. Examples one by one where a layer mixes their order.
 
     Source: Srinivas and Fleuret 2019, prop. 1, carried from ReLU networks to any operation.
 

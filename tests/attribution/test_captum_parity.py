@@ -10,7 +10,7 @@ from captum import attr as captum_attr
 from torch import Tensor, nn
 
 import pullback as pb
-from pullback.attribution import smoothing
+from pullback.attribution import noisy_points
 from tests.golden_net import example, golden, largest, tiny_cnn, tiny_mlp
 
 X, TARGET = example(2, 3, 8, 8), torch.tensor([0, 2])
@@ -44,7 +44,7 @@ def test_noise_tunnel_with_our_draws(
     samples, stdev, x, target = 5, 0.5, X[:1], 0  # captum rounds the deviation to float32; 0.5 is exact
     noise = stdev / float(x.max() - x.min())
     draws = torch.stack(
-        [smoothing.draws.normal(x.shape[1:], 7, draw, "0/") for draw in range(samples)]
+        [noisy_points.draws.normal(x.shape[1:], 7, draw, "0/") for draw in range(samples)]
     ).double()
     monkeypatch.setattr(torch, "normal", lambda mean, std: draws * std)
     method: Any = pb.Gradient()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pullback as pb
-from pullback.attribution import smoothing
+from pullback.attribution import noisy_points
 from pullback.core.errors import MethodError
 from tests.golden_net import example, golden, largest, tiny_cnn, tiny_mlp
 
@@ -23,7 +23,7 @@ def of_golden_noise(monkeypatch: pytest.MonkeyPatch, moment: str, method: object
     for row, (x, target) in enumerate(zip(arrays["x"], arrays["target"], strict=True)):
         draws = arrays["unit_noise"][row * SAMPLES : (row + 1) * SAMPLES]
         monkeypatch.setattr(
-            smoothing.draws, "normal", lambda shape, seed, draw, name, draws=draws: draws[draw]
+            noisy_points.draws, "normal", lambda shape, seed, draw, name, draws=draws: draws[draw]
         )
         smooth = pb.SmoothGrad(method, samples=SAMPLES, noise=STDEV / float(x.max() - x.min()), moment=moment)
         maps.append(pb.explain(tiny_cnn(), x[None], target=int(target), method=smooth).values)

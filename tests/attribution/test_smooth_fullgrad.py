@@ -91,10 +91,11 @@ def test_without_noise_it_is_the_plain_map_and_the_sum_is_kept_with_it() -> None
 
 def test_draws_follow_the_seed_and_nothing_else() -> None:
     x, method = example(3, 3, 8, 8), FullGrad(samples=SAMPLES, noise=NOISE)
-    state = torch.get_rng_state()
     whole = image(explain(x, method))
     assert largest(whole, image(explain(x, method, chunk=1))) < 1e-14
     assert largest(whole[:1], image(explain(x[:1], method))) < 1e-14
+    net, state = tiny_cnn(), torch.get_rng_state()
+    assert largest(whole, image(pb.explain(net, x, target=1, method=method))) == 0
     assert torch.equal(state, torch.get_rng_state())
     other = pb.explain(tiny_cnn(), x, target=1, method=method, seed=5)
     assert largest(image(other), whole) > 1e-4

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         sufficiency,
     )
     from pullback.evaluation.faithfulness import curve_intervals, deletion, insertion
+    from pullback.evaluation.grid_sweep import RetrainingPlan
     from pullback.evaluation.imputation import NoisyLinear
     from pullback.evaluation.localization import leakage, pointing_game, relevance_mass, relevance_rank
     from pullback.evaluation.perturbations import GaussianNoise, NoisyBaseline, SquareRemoval
@@ -53,6 +54,7 @@ __all__ = [
     "NoisyLinear",
     "PairedDifference",
     "PatchingReport",
+    "RetrainingPlan",
     "RetrainingResult",
     "RetrainingRun",
     "RetrainingScore",
@@ -99,6 +101,7 @@ _FILES = {
     "Ensemble": "ensembles",
     "Member": "ensembles",
     "train_ensemble": "ensembles",
+    "RetrainingPlan": "grid_sweep",
     "RetrainingResult": "retraining_results",
     "RetrainingRun": "retraining_results",
     "RetrainingScore": "retraining_results",

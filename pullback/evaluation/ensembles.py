@@ -23,7 +23,7 @@ from pullback.evaluation.stacked_training import Finished, Member, trained_toget
 from pullback.evaluation.stacking import Stack, linear_stack, vmapped_stack, why_not_stack, why_not_vmap
 from pullback.evaluation.views import Examples
 
-__all__ = ["Ensemble", "Finished", "Member", "Vectorize", "each_trained", "train_ensemble"]
+__all__ = ["Ensemble", "Finished", "Member", "Vectorize", "each_trained", "fastest", "train_ensemble"]
 
 Vectorize = Literal["auto", "stack", "vmap", "loop"]
 _WAYS = ("auto", "stack", "vmap", "loop")
@@ -115,7 +115,7 @@ def each_trained(
     size = chunk or max(1, memory_budget // _footprint(model, examples, spec))
     way = vectorize
     if way == "auto":
-        way = _fastest(factory, model, examples, members[: min(size, _PROBE_MEMBERS)], spec)
+        way = fastest(factory, model, examples, members[: min(size, _PROBE_MEMBERS)], spec)
     for start in range(0, len(members), size if way != "loop" else 1):
         if way == "loop":
             yield _alone(factory, examples, members[start], start, spec, validation, test)
@@ -170,7 +170,7 @@ def _footprint(model: nn.Module, examples: Examples, spec: TrainSpec) -> int:
     return 5 * weights + batch * examples.x.element_size() * (3 * examples.x[0].numel() + 3 * outputs)
 
 
-def _fastest(
+def fastest(
     factory: Callable[[], nn.Module],
     model: nn.Module,
     examples: Examples,

@@ -97,7 +97,7 @@ def main() -> None:
     for selection, gradient in (("topk", None), ("gradient", g)):
         ours = trainer(selection)
         dense = DenseTrainer(ours)
-        first = float(ours.step(x, gradient).total), float(dense.step(x, gradient))
+        first = float(ours.step(x, gradient).total.detach()), float(dense.step(x, gradient))
         apart = max(
             float((a.grad - b.grad).abs().max() / b.grad.abs().max())
             for a, b in zip(ours.autoencoder.parameters(), dense.weights, strict=True)

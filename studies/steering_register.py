@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--variants", default="AB", help='"A", "B" or both; others that are there are kept')
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # matrices this small gain nothing from more
-    settings = {"steps": 80, "pairs": 40, "choices": 120, "prompts": 300, "draws": 20, "token draws": 3}
+    settings = {"steps": 300, "pairs": 50, "choices": 200, "prompts": 500, "draws": 20, "token draws": 3}
     models = [(variant, seed) for seed in range(5) for variant in arguments.variants]
     if arguments.quick:
         settings = {"steps": 10, "pairs": 4, "choices": 8, "prompts": 8, "draws": 1, "token draws": 1}

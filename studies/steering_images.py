@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # matrices this small gain nothing from more
-    settings = {"steps": 400, "pairs": 48, "prompts": 150, "draws": 20, "token draws": 3}
+    settings = {"steps": 1500, "pairs": 48, "prompts": 150, "draws": 20, "token draws": 3}
     seeds = range(5)
     if arguments.quick:
         settings = {"steps": 10, "pairs": 4, "prompts": 8, "draws": 1, "token draws": 1}

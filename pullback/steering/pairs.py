@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from pullback.core.errors import InputError
 
-__all__ = ["Answer", "EncodedPair", "Pair", "digest", "encode_pairs", "in_batches", "padded_inputs"]
+__all__ = [
+    "Answer",
+    "EncodedPair",
+    "Pair",
+    "digest",
+    "encode_pairs",
+    "in_batches",
+    "padded_inputs",
+    "token_ids_of",
+]
 
 Answer: TypeAlias = "str | int | Sequence[int] | Tensor"
 
@@ -143,8 +152,8 @@ def _encoded(number: int, pair: Pair, tokenizer: Any) -> EncodedPair:
     ids, others = _prompt(number, pair, tokenizer)
     if not len(ids):
         raise InputError(f"the prompt of pair {number} has no tokens; expected at least one.")
-    preferred = _answer(number, "preferred", pair.preferred, tokenizer)
-    dispreferred = _answer(number, "dispreferred", pair.dispreferred, tokenizer)
+    preferred = token_ids_of(number, "preferred answer", pair.preferred, tokenizer)
+    dispreferred = token_ids_of(number, "dispreferred answer", pair.dispreferred, tokenizer)
     if preferred == dispreferred:
         raise InputError(
             f"pair {number} prefers {pair.preferred!r} to {pair.dispreferred!r}, which are the same tokens "
@@ -197,17 +206,16 @@ def _prepared(number: int, prompt: Mapping[str, Any]) -> tuple[Tensor, dict[str,
     return ids[0][real], others
 
 
-def _answer(number: int, side: str, answer: Answer, tokenizer: Any) -> tuple[int, ...]:
+def token_ids_of(number: int, what: str, answer: Answer, tokenizer: Any) -> tuple[int, ...]:
+    """An answer's token ids. Raises InputError for one without tokens, and for text without a tokenizer."""
     if isinstance(answer, str):
         call = _text_tokenizer(tokenizer)
         if call is None:
             raise InputError(f"pair {number} is text; give fit the model's tokenizer, or token ids.")
         answer = call(answer, add_special_tokens=False)["input_ids"]
-    found = tuple(
-        _token_ids(number, f"{side} answer", [answer] if isinstance(answer, int) else answer).tolist()
-    )
+    found = tuple(_token_ids(number, what, [answer] if isinstance(answer, int) else answer).tolist())
     if not found:
-        raise InputError(f"the {side} answer of pair {number} has no tokens; expected at least one.")
+        raise InputError(f"the {what} of pair {number} has no tokens; expected at least one.")
     return found
 
 

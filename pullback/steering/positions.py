@@ -46,7 +46,9 @@ class PositionTracker:
     def __init__(self, encoder_decoder: bool) -> None:
         self.encoder_decoder = encoder_decoder
         self.chunk: Chunk | None = None
-        self._names: dict[nn.Module, list[str]] = {}  # reading a signature takes as long as steering eight blocks
+        self._names: dict[
+            nn.Module, list[str]
+        ] = {}  # reading a signature takes as long as steering eight blocks
         self.reset()
 
     def reset(self) -> None:

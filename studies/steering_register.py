@@ -79,8 +79,8 @@ def fitted(
 def recovery(vector: SteeringVector, cues: Tensor) -> dict[str, float]:
     """The share of the cues of register 0 found among the tokens chosen for it, and of register 1 against it.
 
-    No more than ``K`` tokens of a sign are chosen, so that of more cues ``K`` are all that can be found. By chance it is
-    the share of a header's tokens that is chosen.
+    No more than ``K`` tokens of a sign are chosen, so that of more cues ``K`` are all that can be found. By chance it
+    is the share of a header's tokens that is chosen.
     """
     chosen = vector.provenance["chosen"]
     found = {"chance": K / (cues.shape[1] - 2)}

@@ -136,11 +136,12 @@ class SteeringEvaluation:
             "| condition | " + " | ".join(SHOWN) + " | perplexity ratio |",
             "|---" * (len(SHOWN) + 2) + "|",
         ]
-        for row in self._cells():
+        for row in self.cells():
             lines.append("| " + " | ".join(row) + " |")
         return "\n".join(lines).strip()
 
-    def _cells(self) -> list[list[str]]:
+    def cells(self) -> list[list[str]]:
+        """The rows of the table that is shown, as text."""
         found = []
         for name, condition in self.conditions.items():
             row = [name]
@@ -154,7 +155,7 @@ class SteeringEvaluation:
 
     def __str__(self) -> str:
         head = ["condition", *SHOWN, "perplexity ratio"]
-        cells = [head, *self._cells()]
+        cells = [head, *self.cells()]
         widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -280,7 +280,7 @@ def main() -> None:
     settings = {"steps": 1500, "pairs": 48, "prompts": 150, "draws": 20, "token draws": 3}
     seeds = range(5)
     if arguments.quick:
-        settings = {"steps": 10, "pairs": 4, "prompts": 8, "draws": 1, "token draws": 1}
+        settings = {"steps": 30, "pairs": 4, "prompts": 8, "draws": 1, "token draws": 1}
         seeds = range(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out / "results.jsonl"

@@ -39,6 +39,7 @@ class Measurement:
     """A metric of a method's maps of one trained model, for each image; NaN where it is undefined.
 
     ``flag``: why it says nothing, such as a collapsed model or a method that the model cannot have; "" for nothing.
+    ``variant``: the map of another method, altered to test the metric, such as a blurred one.
     """
 
     data: str
@@ -50,6 +51,7 @@ class Measurement:
     seed: int
     values: tuple[float, ...]
     flag: str = ""
+    variant: bool = False
 
     @property
     def mean(self) -> float:
@@ -73,6 +75,7 @@ class Score:
     seeds: int
     standing: Standing
     flags: tuple[str, ...]
+    variant: bool = False
 
     @property
     def interval(self) -> Interval:
@@ -85,6 +88,7 @@ class Score:
             "data": self.data, "model": self.model, "method": self.method, "control": self.control,
             "metric": self.metric, "direction": self.direction, "estimate": interval.estimate, "low": interval.low,
             "high": interval.high, "count": interval.count, "undefined": interval.undefined, "seeds": self.seeds,
+            "variant": self.variant,
             "rank": rank.estimate, "rank_low": rank.low, "rank_high": rank.high, "tied_with_best": self.standing.tied,
             "beats_controls": self.standing.beats_controls, "flags": "; ".join(self.flags),
         }  # fmt: skip
@@ -108,8 +112,10 @@ class Measurements:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Their names, controls last."""
-        return tuple(dict.fromkeys(row.method for row in sorted(self.rows, key=lambda row: row.control)))
+        """Their names, controls and variants last."""
+        return tuple(
+            dict.fromkeys(row.method for row in sorted(self.rows, key=lambda row: (row.control, row.variant)))
+        )
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -283,7 +289,8 @@ def _scored(rows: Sequence[Measurement]) -> list[Score]:
         for name, table in tables.items()
     }
     controls = frozenset(name for name, each in by_method.items() if each[0].control)
-    found = standings(tables, rows[0].direction, controls)
+    variants = frozenset(name for name, each in by_method.items() if each[0].variant)
+    found = standings(tables, rows[0].direction, controls - variants, variants)
     return [
         Score(
             data=each[0].data,
@@ -295,6 +302,7 @@ def _scored(rows: Sequence[Measurement]) -> list[Score]:
             seeds=len({row.seed for row in each}),
             standing=found[name],
             flags=tuple(dict.fromkeys(row.flag for row in each if row.flag)),
+            variant=each[0].variant,
         )
         for name, each in by_method.items()
     ]
@@ -310,15 +318,22 @@ def _markdown(title: str, scores: Sequence[Score], methods: Sequence[str]) -> st
     ]
     lines.append("|---|" + "---|" * len(metrics))
     cells = {(score.method, score.metric): score for score in scores}
-    notes: dict[str, None] = {}
+    notes: dict[str, dict[str, None]] = {}
     for method in methods:
         own = [cells.get((method, metric)) for metric in metrics]
         if all(each is None for each in own):
             continue
-        control = any(each is not None and each.control for each in own)
-        lines.append(f"| {method}{' (control)' * control} | " + " | ".join(map(_cell, own)) + " |")
-        notes |= dict.fromkeys(f"{method}: {flag}" for each in own if each is not None for flag in each.flags)
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)])
+        mark = next(role_of(each.control, each.variant) for each in own if each is not None)
+        lines.append(f"| {method}{mark} | " + " | ".join(map(_cell, own)) + " |")
+        for flag in (flag for each in own if each is not None for flag in each.flags):
+            notes.setdefault(flag, {})[method] = None
+    listed = [f"- {', '.join(names)}: {flag}" for flag, names in notes.items()]
+    return "\n".join([*lines, *([""] if notes else []), *listed])
+
+
+def role_of(control: bool, variant: bool) -> str:
+    """What a row of a table is marked with."""
+    return " (variant)" if variant else " (control)" if control else ""
 
 
 def _cell(score: Score | None) -> str:

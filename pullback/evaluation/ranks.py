@@ -24,7 +24,7 @@ class Standing:
     """A method among others. ``interval``: of its mean. ``rank``: 1 is best, with its bootstrap interval.
 
     ``tied``: no difference from the best can be told. ``beats_controls``: it is better than every control; None where
-    there is none, or it is one.
+    there is none, or it is one, or a variant.
     """
 
     interval: Interval
@@ -37,6 +37,7 @@ def standings(
     values: Mapping[str, Tensor],
     direction: Direction,
     controls: frozenset[str] = frozenset(),
+    variants: frozenset[str] = frozenset(),
     *,
     level: float = 0.95,
     samples: int = 500,
@@ -45,14 +46,15 @@ def standings(
     """Methods compared on the same seeds and images, by name.
 
     Two methods differ where the interval of their paired difference, which resamples seeds and images together, leaves
-    out 0. ``rank``: of the mean among the methods that are no controls (a control's is its place among all of these);
+    out 0. ``rank``: of the mean among the methods, controls and variants left out (theirs is their place among these);
     its interval is that of the rank over joint resamples of seeds and images. No correction is made for the number of
     comparisons.
 
     Args:
         values: (seeds, images) each, of one shape; NaN where undefined.
         direction: which is better, "higher" or "lower".
-        controls: names among the methods.
+        controls: names of those that every method has to beat.
+        variants: names of methods altered to test the metric, such as a blurred map; nobody has to beat them.
 
     Raises InputError for shapes that differ, or no methods.
 
@@ -69,14 +71,14 @@ def standings(
     tables = {name: each.detach().cpu().double().numpy() for name, each in values.items()}
     sign = 1.0 if direction == "higher" else -1.0
     means = {name: _mean(table) for name, table in tables.items()}
-    own = [name for name in values if name not in controls and not math.isnan(means[name])]
+    own = [name for name in values if name not in controls | variants and not math.isnan(means[name])]
     best = max(own, key=lambda name: sign * means[name], default=None)
     resampled = _resampled_means(tables, samples, seed)
     found = {}
     for name, table in tables.items():
         others = [other for other in own if other != name]
         beaten = None
-        if name not in controls and controls & values.keys():
+        if name in own and controls & values.keys():
             beaten = all(
                 _better(table, tables[control], sign, level, samples, seed) is True
                 for control in controls
@@ -87,7 +89,7 @@ def standings(
             rank=_rank(name, others, means, resampled, sign, level),
             tied=name in own
             and (name == best or _better(tables[str(best)], table, sign, level, samples, seed) is None),
-            beats_controls=beaten if name in own else None,
+            beats_controls=beaten,
         )
     return found
 

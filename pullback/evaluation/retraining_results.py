@@ -183,12 +183,12 @@ class RetrainingResult:
         for method in self.methods:
             own = [run for run in self.runs if run.method == method]
             for level in self.levels:
-                flagged = sum(not run.converged for run in own if math.isclose(run.level, level))
+                flagged = any(not run.converged for run in own if math.isclose(run.level, level))
                 rows += [
                     Measurement(
                         data, model, method, own[0].control, f"{self.metric}@{level:g}", "higher", number,
                         tuple(difference.tolist()),
-                        flag=f"{flagged} of its retrainings had not converged" * bool(flagged),
+                        flag="some of its retrainings had not converged" * flagged,
                     )
                     for number, difference in enumerate(self.differences(method, level))
                 ]  # fmt: skip

@@ -23,7 +23,8 @@ _HOW_TO_READ = """\
 How to read it. A number is the mean over training seeds and images, in brackets its 95 % interval, which resamples \
 both together. Methods marked "best" cannot be told from the best one: the interval of their difference on the same \
 seeds and images holds 0. A dagger marks a method that is not better than every control, which knows nothing of this \
-model: whatever its number, it has not shown that it explains anything by this metric. A dash means that nothing can \
+model: whatever its number, it has not shown that it explains anything by this metric. A variant is another method's \
+map, altered to test the metric: where a blurred map wins, smoothness does. A dash means that nothing can \
 be said, for the reason noted below the table.
 
 No correction is made for the number of comparisons: with many metrics and methods, a few differences are chance. \
@@ -156,18 +157,21 @@ def _table(caption: str, rows: Sequence[Row]) -> Any:
     arrows = {str(row["metric"]): "↑" if row["direction"] == "higher" else "↓" for row in rows}
     cells = {(str(row["method"]), str(row["metric"])): row for row in rows}
     methods = dict.fromkeys(str(row["method"]) for row in sorted(rows, key=lambda row: bool(row["control"])))
-    lines, notes = [], []
+    lines: list[list[object]] = []
+    notes: dict[str, dict[str, None]] = {}
     for method in methods:
         own = [cells.get((method, metric)) for metric in metrics]
-        control = any(row is not None and row["control"] for row in own)
-        lines.append([f"{method} (control)" if control else method, *map(_cell, own)])
-        flags = dict.fromkeys(str(row["flags"]) for row in own if row is not None and row["flags"])
-        notes += [f"{method}: {flag}" for flag in flags]
+        first = next(row for row in own if row is not None)
+        mark = " (variant)" if first.get("variant") else " (control)" if first["control"] else ""
+        lines.append([method + mark, *map(_cell, own)])
+        for flag in (str(row["flags"]) for row in own if row is not None and row["flags"]):
+            notes.setdefault(flag, {})[method] = None
+    listed = [f"{', '.join(names)}: {flag}" for flag, names in notes.items()]
     return Table(
         caption,
         ("method", *(f"{metric} {arrows[metric]}" for metric in metrics)),
         lines,
-        note=" · ".join(notes),
+        note=" · ".join(listed),
     )
 
 

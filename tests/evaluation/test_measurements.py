@@ -119,6 +119,20 @@ def test_the_markdown_says_what_is_best_what_is_no_better_than_chance_and_what_i
     assert lines[-1] == "- dead: MethodError: no convolution"
 
 
+def test_variants_and_shared_reasons_are_marked() -> None:
+    rows = [
+        Measurement("d", "m", "a", False, "gini", "higher", 0, (0.1, 0.2), "not converged"),
+        Measurement("d", "m", "b", False, "gini", "higher", 0, (0.1, 0.2), "not converged"),
+        Measurement("d", "m", "blurred", True, "gini", "higher", 0, (0.5, 0.6), variant=True),
+    ]
+    whole = Measurements(rows)
+    text = whole.to_markdown()
+    assert "| blurred (variant) | 0.55" in text
+    assert "†" not in text  # there is no control to beat
+    assert text.splitlines()[-1] == "- a, b: not converged"
+    assert [score.to_record()["variant"] for score in whole.scores()] == [False, False, True]
+
+
 def test_tables_are_added() -> None:
     other = Measurements(
         [Measurement("letters", "net", "good", False, "gini", "higher", 0, (1.0,))], {"more": 1}

@@ -68,6 +68,14 @@ def test_a_method_has_to_beat_every_control() -> None:
     assert found["random"].rank.estimate == 3
 
 
+def test_a_variant_has_to_be_beaten_by_nobody_and_is_not_ranked() -> None:
+    values = {"a": noise(1), "blurred": noise(2) + 3, "random": noise(3) - 3}
+    found = standings(values, "higher", frozenset({"random"}), frozenset({"blurred"}))
+    assert found["a"].beats_controls is True
+    assert (found["a"].rank.estimate, found["a"].tied) == (1.0, True)
+    assert (found["blurred"].beats_controls, found["blurred"].tied) == (None, False)
+
+
 def test_undefined_methods_have_no_rank_and_do_not_count() -> None:
     values = {"a": noise(1) + 3, "dead": torch.full((4, 60), NAN), "b": noise(2)}
     found = standings(values, "higher", frozenset())

@@ -51,6 +51,7 @@ def evaluate(
     architecture: Annotated[
         str | None, typer.Option("--architecture", help='"convolutional", "perceptron", or module:factory.')
     ] = None,
+    device: Annotated[str | None, typer.Option("--device", help='Such as "cuda".')] = None,
     backend: Annotated[str, typer.Option("--backend", help='"serial", "process" or "ray".')] = "serial",
     workers: Annotated[
         int | None, typer.Option("--workers", help="Of the backend; one per core by default.")
@@ -77,7 +78,7 @@ def evaluate(
     options: dict[str, Any] = {
         "root": root, "images": images, "training_images": training_images, "epochs": epochs, "seeds": seeds,
         "seed": seed, "architecture": architecture, "methods": tuple(method) if method else None,
-        "metrics": tuple(metric) if metric else None,
+        "metrics": tuple(metric) if metric else None, "device": device,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     if model is not None:

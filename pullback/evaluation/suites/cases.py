@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pullback.core import noise
 from pullback.core.errors import InputError, MethodError, nearest
+from pullback.core.shadow import shadow
 from pullback.evaluation.attack import PGD
-from pullback.evaluation.retraining import TrainSpec, multilayer_perceptron, seeded, train
+from pullback.evaluation.retraining import TrainSpec, constant, multilayer_perceptron, seeded, train
 from pullback.evaluation.task_cache import cached
 from pullback.fingerprints import fingerprint, model_fingerprint
 from pullback.workers import imported
@@ -29,6 +32,7 @@ __all__ = [
     "content_of",
     "convolutional",
     "loaded",
+    "net_of",
     "trained_net",
 ]
 
@@ -53,6 +57,12 @@ class Loaded:
     def classes(self) -> int:
         return int(torch.maximum(self.y.max(), self.test_y.max())) + 1
 
+    def to(self, device: str) -> Loaded:
+        """The same on a device."""
+        signal = None if self.signal is None else self.signal.to(device)
+        x, y, test_x, test_y = (each.to(device) for each in (self.x, self.y, self.test_x, self.test_y))
+        return Loaded(self.name, x, y, test_x, test_y, signal)
+
     @property
     def key(self) -> str:
         return fingerprint(self.x, self.y, self.test_x, self.test_y, self.signal)
@@ -63,7 +73,7 @@ class Case:
     """A model by how it comes about: everything that decides it, in JSON's types.
 
     ``pool``: averages images over squares of so many pixels. ``radius``, ``norm``: of the attack that "robust" training
-    resists, in units of the input.
+    resists, in units of the input. ``device``: where everything but the order of draws happens.
     """
 
     data: str
@@ -76,6 +86,7 @@ class Case:
     radius: float = 2.0
     norm: Literal["l2", "linf"] = "l2"
     pool: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.data not in DATA and not self.data.endswith(".npz"):
@@ -90,6 +101,15 @@ class Case:
                 f"architecture={self.architecture!r} was given. Expected one of {list(ARCHITECTURES)}, or "
                 '"module:factory".'
             )
+
+    def content(self) -> dict[str, Any]:
+        """The case as JSON; the device only where it is not the processor, which all share."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("device", "cpu")}
+
+    def loaded(self) -> Loaded:
+        """The case's data, on its device."""
+        data = loaded(self.data, self.root, self.training_images, self.pool)
+        return data if self.device == "cpu" else data.to(self.device)
 
     @property
     def name(self) -> str:
@@ -108,7 +128,6 @@ class Net:
     collapsed: bool
 
 
-@lru_cache(maxsize=4)
 def loaded(
     name: str, root: str | None = None, training_images: int | None = None, pool: int = 1, seed: int = 0
 ) -> Loaded:
@@ -116,6 +135,15 @@ def loaded(
 
     Raises InputError for unknown names, and what the data sets raise.
     """
+    # a file of the user's may be written anew between two calls
+    written = Path(name).stat().st_mtime_ns if name.endswith(".npz") and Path(name).is_file() else 0
+    return _loaded(name, root, training_images, pool, seed, written)
+
+
+@lru_cache(maxsize=4)
+def _loaded(
+    name: str, root: str | None, training_images: int | None, pool: int, seed: int, written: int
+) -> Loaded:
     if name.endswith(".npz"):
         data = _from_file(Path(name))
     elif name == "block_signal":
@@ -166,7 +194,7 @@ def factory_of(case: Case, data: Loaded) -> Callable[[], nn.Module]:
 
 def content_of(case: Case) -> dict[str, str]:
     """Fingerprints of what a case reads: its data, and a model that comes from a factory."""
-    data = loaded(case.data, case.root, case.training_images, case.pool)
+    data = case.loaded()
     if case.training != "given":
         return {"data": data.key}
     return {"data": data.key, "model": model_fingerprint(factory_of(case, data)().eval())}
@@ -174,25 +202,28 @@ def content_of(case: Case) -> dict[str, str]:
 
 def trained_net(case: Case) -> Net:
     """Train the case's model, or find it in the cache of the running sweep."""
-    data = loaded(case.data, case.root, case.training_images, case.pool)
+    data = case.loaded()
+    if case.training == "given":
+        return _given(factory_of(case, data)().to(case.device).eval(), data)
     return _net(case, data.key)
+
+
+def _given(model: nn.Module, data: Loaded) -> Net:
+    test_x, test_y = data.test_x[:_TEST], data.test_y[:_TEST]
+    predicted = _predicted(model, test_x)
+    collapsed = constant(predicted) and not constant(test_y)
+    return Net(model, redrawn(model), float((predicted == test_y).double().mean()), True, collapsed)
 
 
 @lru_cache(maxsize=4)
 def _net(case: Case, key: str) -> Net:
-    data = loaded(case.data, case.root, case.training_images, case.pool)
+    data = case.loaded()
     build = factory_of(case, data)
     test_x, test_y = data.test_x[:_TEST], data.test_y[:_TEST]
 
     def untrained() -> nn.Module:
         with seeded(1000 + case.seed, data.x.device):
-            return build().eval()
-
-    if case.training == "given":
-        model = build().eval()
-        predicted = _predicted(model, test_x)
-        collapsed = bool((predicted == predicted[0]).all()) and not bool((test_y == test_y[0]).all())
-        return Net(model, untrained, float((predicted == test_y).double().mean()), True, collapsed)
+            return build().to(case.device).eval()
 
     def compute() -> dict[str, Tensor]:
         spec = TrainSpec(
@@ -207,7 +238,7 @@ def _net(case: Case, key: str) -> Net:
             **{f"state.{name}": value for name, value in trained.model.state_dict().items()},
         }
 
-    found = cached({"trained": {**vars(case)}, "data": key}, compute)
+    found = cached({"trained": case.content(), "data": key}, compute)
     model = untrained()
     model.load_state_dict(
         {name.removeprefix("state."): value for name, value in found.items() if name.startswith("state.")}
@@ -215,6 +246,31 @@ def _net(case: Case, key: str) -> Net:
     converged, collapsed = found["facts"].tolist()
     accuracy = float((_predicted(model, test_x) == test_y).double().mean())
     return Net(model, untrained, accuracy, converged, collapsed)
+
+
+def redrawn(model: nn.Module) -> Callable[[], nn.Module]:
+    """Makes a copy of which every parameter tensor is normal, with its own mean and standard deviation."""
+
+    def untrained() -> nn.Module:
+        copy = shadow(model, private=True).module
+        for number, parameter in enumerate(copy.parameters()):
+            if parameter.is_floating_point():
+                drawn = noise.normal(parameter.shape, 0, number, "untrained").to(parameter)
+                spread = parameter.detach().std(correction=0)
+                parameter.data.copy_(parameter.detach().mean() + spread * drawn)
+        return copy
+
+    return untrained
+
+
+def net_of(model: nn.Module, x: Tensor) -> Net:
+    """A model of the user's, whose accuracy is not known; its control is a copy with every parameter drawn anew."""
+    predicted = _predicted(model, x)
+    collapsed = len(x) > 1 and constant(predicted)
+    with torch.no_grad():
+        scores = model(x[:2])
+    # one class for all of a few images is no collapse; one answer is
+    return Net(model, redrawn(model), math.nan, True, collapsed and bool((scores == scores[:1]).all()))
 
 
 def _predicted(model: nn.Module, x: Tensor) -> Tensor:

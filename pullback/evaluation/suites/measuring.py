@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from pullback.core import errors
 from pullback.core.pose import pose
 from pullback.evaluation.results import MetricResult
-from pullback.evaluation.suites.cases import Case, Net, loaded, trained_net
+from pullback.evaluation.suites.cases import Case, Net, content_of, trained_net
 from pullback.evaluation.suites.compared import made
 from pullback.evaluation.suites.metrics import NEED_A_SIGNAL, Maps, measures, names_of
 from pullback.evaluation.task_cache import cached
 
-__all__ = ["COLLAPSED", "TYPED", "maps_of_data", "measured"]
+__all__ = ["COLLAPSED", "TYPED", "mapped", "maps_of_data", "measured", "rows_of"]
 
 TYPED: tuple[type[Exception], ...] = tuple(
     getattr(errors, name) for name in errors.__all__ if name.endswith("Error")
@@ -33,33 +33,54 @@ def measured(
     """A row per metric, with a value for each of the first ``images`` test images."""
     known = Case(**case)
     net = trained_net(known)
-    data = loaded(known.data, known.root, known.training_images, known.pool)
+    data = known.loaded()
     x, signal = data.test_x[:images], None if data.signal is None else data.signal[:images]
     asked = [name for name in metrics if data.signal is not None or name not in NEED_A_SIGNAL]
     facts = {
-        "data": data.name, "model": known.name, "method": method, "seed": known.seed, "accuracy": _short(net.accuracy),
+        "data": data.name, "model": known.name, "seed": known.seed, "accuracy": _short(net.accuracy),
         "converged": net.converged,
     }  # fmt: skip
-    asked_names = [pair for name in asked for pair in names_of(name, tuple(masks), x[0].numel())]
-    made_of = made(method, net.model, net.untrained, known.seed)
-    facts["control"] = made_of[2]
+    return rows_of(net, x, signal, method, asked, tuple(masks), known.seed, facts)
+
+
+def rows_of(
+    net: Net,
+    x: Tensor,
+    signal: Tensor | None,
+    method: str,
+    metrics: Sequence[str],
+    masks: tuple[str, ...],
+    seed: int,
+    facts: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """``facts`` and the values of each metric; where there are none, why."""
+    parts = x[0].numel()
+    ask = made(method, net.model, net.untrained, seed)
+    known = {**facts, "method": method, "control": ask[2]}
+
+    def nothing(name: str, why: str) -> list[dict[str, Any]]:
+        return [
+            {**known, "metric": label, "direction": direction, "values": [], "flag": why}
+            for label, direction in names_of(name, masks, parts)
+        ]
+
     if net.collapsed:
-        return _nothing(facts, asked_names, COLLAPSED)
+        return [row for name in metrics for row in nothing(name, COLLAPSED)]
     rows: list[dict[str, Any]] = []
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # what is undefined is counted in the rows
         warnings.simplefilter("ignore", UserWarning)
         try:
-            maps = _maps(net, x, signal, made_of, tuple(masks), known.seed)
+            maps = _maps(net, x, signal, ask, masks, seed)
         except TYPED as error:
-            return _nothing(facts, asked_names, _reason(error))
-        for name in asked:
+            return [row for name in metrics for row in nothing(name, _reason(error))]
+        for name in metrics:
             try:
-                found: Iterable[tuple[str, MetricResult]] = list(measures(name, maps))
+                found = list(measures(name, maps))
             except TYPED as error:
-                rows += _nothing(facts, names_of(name, tuple(masks), x[0].numel()), _reason(error))
+                rows += nothing(name, _reason(error))
                 continue
-            rows += [_row(facts, label, result, net) for label, result in found]
+            rows += [_row(known, label, result, net) for label, result in found]
     return rows
 
 
@@ -84,7 +105,7 @@ def _maps(
 def maps_of_data(case: Mapping[str, Any], method: str) -> dict[str, Tensor]:
     """A method's maps of all training and test images, for retraining: "train" and "test", kept by the sweep."""
     known = Case(**case)
-    data = loaded(known.data, known.root, known.training_images, known.pool)
+    data = known.loaded()
 
     def compute() -> dict[str, Tensor]:
         net = trained_net(known)
@@ -100,7 +121,7 @@ def maps_of_data(case: Mapping[str, Any], method: str) -> dict[str, Tensor]:
 
         return {"train": values(data.x), "test": values(data.test_x[:1000])}
 
-    return cached({"maps": {**vars(known)}, "method": method, "data": data.key}, compute)
+    return cached({"maps": known.content(), "method": method, **content_of(known)}, compute)
 
 
 def mapped(case: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -121,13 +142,6 @@ def _row(facts: Mapping[str, Any], name: str, result: MetricResult, net: Net) ->
     return {
         **facts, "metric": name, "direction": result.direction, "values": values, "flag": "; ".join(notes),
     }  # fmt: skip
-
-
-def _nothing(facts: Mapping[str, Any], names: Iterable[tuple[str, str]], why: str) -> list[dict[str, Any]]:
-    return [
-        {**facts, "metric": name, "direction": direction, "values": [], "flag": why}
-        for name, direction in names
-    ]
 
 
 def _reason(error: Exception) -> str:

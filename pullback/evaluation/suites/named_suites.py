@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from pullback.core.errors import InputError, MethodError, nearest
 from pullback.evaluation.grid_sweep import Running
 from pullback.evaluation.measurements import Measurement, Measurements
-from pullback.evaluation.suites.cases import Case, content_of
+from pullback.evaluation.suites.cases import Case, content_of, net_of
 from pullback.evaluation.suites.compared import CONTROLS, METHODS, VARIANTS, made
+from pullback.evaluation.suites.measuring import rows_of
 from pullback.evaluation.suites.metrics import NEED_A_SIGNAL, RETRAINING, require_known
 from pullback.evaluation.suites.retrainings import Retraining, retrained
 from pullback.evaluation.sweep import Sweep, SweepPlan, Task
@@ -41,7 +42,7 @@ class Suite:
         masks: what removed parts become; more than one, because a mask can decide the order by itself.
         architecture: "convolutional", "perceptron", or "module:factory".
         images, training_images: how many are explained, and trained on (None: all that there are).
-        epochs, radius, norm, pool: as in ``Case``. ``seeds``: models trained, from ``seed`` on.
+        epochs, radius, norm, pool, device: as in ``Case``. ``seeds``: models trained, from ``seed`` on.
         retraining: of the metrics "diffroar", "roar" and "mask_shape".
 
     Raises:
@@ -67,6 +68,7 @@ class Suite:
     pool: int = 1
     seeds: int = 3
     seed: int = 0
+    device: str = "cpu"
     retraining: Retraining = field(default_factory=Retraining)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class Suite:
         return [
             Case(
                 data, training, seed, self.root, self.architecture, self.training_images, self.epochs, self.radius,
-                self.norm, self.pool,
+                self.norm, self.pool, self.device,
             )
             for data, training in self.models
             for seed in range(self.seed, self.seed + self.seeds)
@@ -133,13 +135,6 @@ class Suite:
             rows = sweep.run(
                 backend, workers, threads=threads, progress=progress, resume=resume, advance=advance
             )
-        measurements = [
-            Measurement(
-                row["data"], row["model"], row["method"], row["control"], row["metric"], row["direction"], row["seed"],
-                tuple(row["values"]), row["flag"], row["method"] in VARIANTS,
-            )
-            for row in rows
-        ]  # fmt: skip
         models = {
             f"{row['data']}, {row['model']}, seed {row['seed']}": {
                 "accuracy": row["accuracy"],
@@ -148,12 +143,50 @@ class Suite:
             for row in rows
         }
         whole = Measurements(
-            measurements, {**self.settings(), "models": models} if models else self.settings()
+            _measurements(rows), {**self.settings(), "models": models} if models else self.settings()
         )
         retraining = [name for name in self.metrics if name in RETRAINING]
         if retraining:
             whole += self._retrained(retraining, folder, Running(None, resume, backend, workers, threads))
         return whole
+
+    def on(self, model: nn.Module, x: Tensor, signal: Tensor | None = None) -> Measurements:
+        """The suite's metrics of one model and images in memory, without training, files or other processes.
+
+        Args:
+            model: a classifier of single tensors, in eval mode: x (n, ...) -> logits (n, classes).
+            x: what is explained, all of it.
+            signal: bool, of x's shape or 1 where it is shared: which parts carry the label, where that is known.
+
+        Raises InputError for inputs and masks that do not fit, and where no metric is left.
+
+        >>> import torch
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        >>> few = suite("faithfulness", metrics=("gini",), methods=("gradient",), controls=("random",))
+        >>> few.on(net.eval(), torch.rand(4, 1, 4, 4)).methods
+        ('gradient', 'random')
+        """
+        if not isinstance(model, nn.Module) or model.training or not len(x):
+            raise InputError(
+                f"A {type(model).__name__}{' in train mode' * getattr(model, 'training', False)} and {len(x)} inputs "
+                "were given. Expected an nn.Module in eval mode, and at least one input."
+            )
+        metrics = [name for name in self.metrics if name not in RETRAINING]
+        metrics = [name for name in metrics if signal is not None or name not in NEED_A_SIGNAL]
+        if not metrics:
+            raise InputError(
+                f"None of the metrics {list(self.metrics)} can be measured here. Expected signal= for those that need "
+                "it; retraining needs training data: Suite.run."
+            )
+        net = net_of(model, x)
+        facts = {"data": "x", "model": type(model).__name__, "seed": self.seed}
+        mask = None if signal is None else signal.expand_as(x)
+        rows = [
+            row
+            for name in (*self.methods, *self.controls)
+            for row in rows_of(net, x, mask, name, metrics, self.masks, self.seed, facts)
+        ]
+        return Measurements(_measurements(rows), self.settings())
 
     def plan(
         self, *, out: str | os.PathLike[str] | None = None, backend: Backend = "serial"
@@ -201,7 +234,7 @@ class Suite:
                 Task(
                     _MEASURE,
                     {
-                        "case": {**vars(case)},
+                        "case": case.content(),
                         "method": name,
                         "metrics": metrics,
                         "images": self.images,
@@ -222,7 +255,7 @@ class Suite:
             content = content_of(cases[0])
             place = None if folder is None else folder / f"retraining, {Path(data).stem}, {training}"
             tasks = [
-                Task(_MAP, {"case": {**vars(case)}, "method": name}, content)
+                Task(_MAP, {"case": case.content(), "method": name}, content)
                 for case in cases
                 for name in names
             ]
@@ -243,6 +276,16 @@ class Suite:
                 cases, names, metrics, self.masks, self.retraining, flags, with_place, maps_folder
             )
         return whole
+
+
+def _measurements(rows: Sequence[Mapping[str, Any]]) -> list[Measurement]:
+    return [
+        Measurement(
+            row["data"], row["model"], row["method"], row["control"], row["metric"], row["direction"], row["seed"],
+            tuple(row["values"]), row["flag"], row["method"] in VARIANTS,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 SUITES: Mapping[str, Suite] = {

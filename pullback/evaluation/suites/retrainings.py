@@ -17,7 +17,7 @@ from pullback.evaluation.orders import Source
 from pullback.evaluation.retraining import TrainSpec, multilayer_perceptron
 from pullback.evaluation.retraining_grid import Sources
 from pullback.evaluation.retraining_results import RetrainingResult
-from pullback.evaluation.suites.cases import Case, Loaded, loaded, trained_net
+from pullback.evaluation.suites.cases import Case, Loaded, trained_net
 from pullback.evaluation.suites.compared import CONTROLS, VARIANTS
 from pullback.evaluation.suites.measuring import COLLAPSED, maps_of_data
 from pullback.evaluation.task_cache import keeping
@@ -56,7 +56,7 @@ def retrained(
     Several base models count as the units that are resampled; see ``RetrainingResult.score``.
     """
     first = cases[0]
-    data = loaded(first.data, first.root, first.training_images, first.pool)
+    data = first.loaded()
     whole = Measurements([])
     sound = [case for case in cases if not trained_net(case).collapsed]
     usable = [
@@ -83,8 +83,8 @@ def retrained(
         maps: dict[str, list[Source]] = {name: [] for name in usable}
         for case in sound:
             for name in usable:
-                found = maps_of_data(vars(case), name)
-                maps[name].append((found["train"], found["test"]))
+                found = maps_of_data(case.content(), name)
+                maps[name].append((found["train"].to(data.x.device), found["test"].to(data.x.device)))
     for metric in metrics:
         for mask in masks:
             if metric == "mask_shape" and mask != masks[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,21 @@ def test_own_data_and_a_model_of_ones_own(tmp_path: Path) -> None:
     expected = deletion(net(), torch.from_numpy(x[6:]), map_, target=target, levels=levels, mask="mean", ranking="absolute")  # fmt: skip
     measured = found.values("mine", measure.architecture, "gradient", "deletion, mean")[0]
     assert torch.allclose(measured, expected.values, rtol=1e-3)
+    # the file is read anew when it has changed, and so is the model when its weights have
+    np.savez(tmp_path / "mine.npz", signal_mask=~mask, **arrays)
+    os.utime(tmp_path / "mine.npz", (1, 1))
+    turned = measure.run().values("mine", measure.architecture, "gradient", "leakage")
+    assert torch.allclose(
+        turned, 1 - found.values("mine", measure.architecture, "gradient", "leakage"), atol=2e-3
+    )
+    untrained = replace(measure, methods=("gradient",), controls=("untrained gradient",)).run()
+    same = [
+        untrained.values("mine", measure.architecture, name, "leakage")
+        for name in ("gradient", "untrained gradient")
+    ]
+    assert not torch.allclose(
+        same[0], same[1], atol=0.01
+    )  # a factory gives trained weights: they are drawn anew
     np.savez(tmp_path / "half.npz", x_train=x)
     with pytest.raises(
         InputError, match=r"half.npz\" cannot be used .*Expected a .npz with floating x_train"
@@ -316,6 +332,32 @@ def test_two_processes_measure_the_same(small: tuple[Measurements, Path], tmp_pa
     assert repr(rows) == repr(
         [row for row in found.rows if (row.data, row.model) == ("block_mnist", "standard")]
     )
+
+
+def test_a_model_in_memory_is_measured_alike_and_left_as_it_was(small: tuple[Measurements, Path]) -> None:
+    found, _ = small
+    case = Case("block_mnist", "standard", 0, None, "perceptron", 1500, 5)
+    model, data = trained_net(case).model, loaded("block_mnist", None, 1500)
+    assert data.signal is not None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    here = SMALL.on(model, data.test_x[:40], data.signal[:40])
+    for method in ("gradient", "integrated gradients", "edges", "blurred gradient"):
+        one = here.values("x", "Sequential", method, "leakage")
+        assert torch.equal(one, found.values("block_mnist", "standard", method, "leakage"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    untrained = suite("blockmnist", methods=("gradient",), controls=("untrained gradient",))
+    chance = untrained.on(model, data.test_x[:40], data.signal[:40])
+    assert float(chance.values("x", "Sequential", "untrained gradient", "leakage").mean()) == pytest.approx(
+        0.5, abs=0.06
+    )
+    sanity = suite("sanity", methods=("gradient",), controls=("edges",)).on(model, data.test_x[:8])
+    assert float(sanity.values("x", "Sequential", "edges", "parameter randomization").mean()) > 0.99
+    with pytest.raises(InputError, match=r"None of the metrics .* can be measured here. Expected signal="):
+        SMALL.on(model, data.test_x[:4])
+    with pytest.raises(InputError, match="A Sequential in train mode and 4 inputs were given"):
+        SMALL.on(nn.Sequential(model).train(), data.test_x[:4], data.signal[:4])
+    flat = suite("faithfulness", methods=("gradient",), controls=()).on(Collapsed().eval(), data.test_x[:4])
+    assert {row.values for row in flat.rows} == {()}
 
 
 def test_all_suites_are_run_into_folders_of_their_own(

@@ -63,6 +63,11 @@ def summary(whole: Measurements) -> str:
     return "\n".join(lines)
 
 
+_LOGIT = """\
+The gradient of an untrained net passes the random logit test, so that nobody beats every control there: that a map \
+changes with the class does not say that it has to do with what was learnt."""
+
+
 def mean_ranks(whole: Measurements) -> list[dict[str, Any]]:
     """Rows for a figure: each method's mean rank on each question."""
     return [
@@ -116,7 +121,8 @@ GuidedBackprop) are ranked by size and enter sums of removal times the input; co
 another convention would move them. Smoothing a map, which adds nothing about the model, improves some scores: \
 the row "blurred gradient" in the tables shows which. GradCAM is read at the last convolution, which has few \
 places in nets as small as these, and suffers for it. SmoothGrad has 16 samples and integrated gradients 16 \
-steps from zero; more samples or another baseline were not tried."""
+steps from zero; more samples or another baseline were not tried. DiffROAR rests on two nets and two retrainings \
+of each."""
 
 
 def _in_short(whole: Measurements) -> str:
@@ -158,26 +164,27 @@ def _question(whole: Measurements, question: str, found: Sequence[Answer]) -> st
         "|---|---|---|---|",
         *(f"| {a.method} | {a.tied} of {a.cells} | {a.beats} of {a.cells} | {a.rank:.1f} |" for a in found),
     ]
+    if any(name == "random logit" for name in metrics):
+        lines += ["", _LOGIT]
     return "\n".join(lines)
 
 
 def _auto(whole: Measurements) -> str:
     parts = []
     for question in QUESTIONS:
-        found = {answer.method: answer for answer in answers(whole, question)}
-        if OURS in found:
-            own = found[OURS]
-            place = 1 + sum(answer.tied / answer.cells > own.tied / own.cells for answer in found.values())
-            parts.append(
-                f"- {question} Best or tied in {own.tied} of {own.cells}, place {place} of {len(found)}."
-            )
+        for answer in answers(whole, question):
+            if answer.method == OURS:
+                parts.append(
+                    f"- {question} Best or tied in {answer.tied} of {answer.cells}, better than every control in "
+                    f"{answer.beats}, mean rank {answer.rank:.1f} of 12."
+                )
     return "\n".join(
         [
             '## What `method="auto"` makes of it',
             "",
             "`auto` is asked for one map by someone who has not said what for. It takes integrated gradients, whose "
             "values add up to a change of the score, so that each result carries its own check; the other complete "
-            "methods here need rules for the model's operations, or hooks. On the questions of this page they are:",
+            "methods here need rules for the model's operations, or hooks. On the questions of this page it is:",
             "",
             *parts,
             "",
@@ -225,13 +232,18 @@ def _models(models: Mapping[str, Mapping[str, Any]], whole: Measurements) -> str
             for name, facts in models.items()
         ),
     ]
-    flags: dict[str, set[str]] = {}
+    flags: dict[str, tuple[set[str], set[str]]] = {}
     for row in whole.rows:
         if row.flag and not row.values:
-            flags.setdefault(row.flag, set()).add(f"{row.method} on {row.data}, {row.model}")
+            methods, data = flags.setdefault(row.flag, (set(), set()))
+            methods.add(row.method)
+            data.add(f"{row.data} ({row.model})")
     if flags:
         lines += ["", "Not measured:", ""]
-        lines += [f"- {_listed(sorted(places))}: {flag}" for flag, places in flags.items()]
+        lines += [
+            f"- {_listed(sorted(methods))} on {_listed(sorted(data))}. {flag}"
+            for flag, (methods, data) in flags.items()
+        ]
     return "\n".join(lines)
 
 

@@ -253,7 +253,7 @@ class Suite:
         for data, training in self.models:
             cases = [case for case in self.cases() if (case.data, case.training) == (data, training)]
             content = content_of(cases[0])
-            place = None if folder is None else folder / f"retraining, {Path(data).stem}, {training}"
+            place = None if folder is None else folder / f"retraining-{Path(data).stem}-{training}"
             tasks = [
                 Task(_MAP, {"case": case.content(), "method": name}, content)
                 for case in cases
@@ -270,7 +270,7 @@ class Suite:
                 ): row["flag"]
                 for task, row in zip(tasks, made_maps, strict=True)
             }
-            with_place = replace(running, out=None if place is None else place / "runs")
+            with_place = replace(running, out=None if place is None else place / "trained")
             maps_folder = None if place is None else place / "maps"
             whole += retrained(
                 cases, names, metrics, self.masks, self.retraining, flags, with_place, maps_folder

@@ -51,7 +51,7 @@ def suites(quick: bool) -> list[Suite]:
     """The measurements: maps on blocks, clothes and the theory's vectors, and retrainings on what maps keep."""
     name, root = clothes()
     blocks = (("block_mnist", "standard"), ("block_mnist", "robust"))
-    images = 6 if quick else 64
+    images = 4 if quick else 64
     few = {"images": images, "seeds": 1 if quick else 3}
     blocks_settings = {"pool": 2, "radius": 1.0, "architecture": "perceptron", "epochs": 2 if quick else 10}
     trained_on = 300 if quick else None
@@ -70,7 +70,7 @@ def suites(quick: bool) -> list[Suite]:
             training_images=trained_on, **few, **{**blocks_settings, "architecture": "convolutional", "radius": 0.5},
         ),
         Suite("top", (("block_mnist_top", "standard"),), LOCAL, training_images=trained_on, **few, **blocks_settings),
-        Suite("clothes", ((name, "standard"), (name, "robust")), (*FAITHFUL, *SANITY), **few, **cloth),
+        Suite("clothes", ((name, "standard"), (name, "robust")), (*FAITHFUL, *SANITY), pool=2 if quick else 1, **few, **cloth),
         Suite(
             "theory", (("block_signal", "standard"), ("block_signal", "robust")),
             (*LOCAL, *(name for name in FAITHFUL if name != "road"), "monotonicity", *SANITY),

@@ -70,7 +70,10 @@ def suites(quick: bool) -> list[Suite]:
             training_images=trained_on, **few, **{**blocks_settings, "architecture": "convolutional", "radius": 0.5},
         ),
         Suite("top", (("block_mnist_top", "standard"),), LOCAL, training_images=trained_on, **few, **blocks_settings),
-        Suite("clothes", ((name, "standard"), (name, "robust")), (*FAITHFUL, *SANITY), pool=2 if quick else 1, **few, **cloth),
+        Suite(
+            "clothes", ((name, "standard"), (name, "robust")), (*FAITHFUL, *SANITY), pool=2 if quick else 1, **few,
+            **cloth,
+        ),
         Suite(
             "theory", (("block_signal", "standard"), ("block_signal", "robust")),
             (*LOCAL, *(name for name in FAITHFUL if name != "road"), "monotonicity", *SANITY),

@@ -80,9 +80,11 @@ def test_a_model_of_ones_own_and_a_plan(folder: Path) -> None:
     assert "**mnist, my_evaluated_nets:net**" in result.output
     assert "| smoothgrad(samples=2) | " in result.output
     plan = CliRunner().invoke(app, ["evaluate", "sanity", "--plan", "--out", "planned", *FEW])
-    assert "7 tasks: 1 finished, 6 missing; about " in plan.output
+    assert "maps: 7 tasks: 1 finished, 6 missing; about " in plan.output
     retraining = CliRunner().invoke(app, ["evaluate", "diffroar", "--plan", *FEW])
-    assert "retrainings only" in retraining.output
+    # a method and six controls at two levels, two sides and three seeds
+    assert "block_mnist, robust, diffroar, zeros: 84 retrainings of " in retraining.output
+    assert retraining.output.count("mask_shape: 84 retrainings") == 2
 
 
 @pytest.mark.parametrize(

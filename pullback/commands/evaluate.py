@@ -96,10 +96,8 @@ def evaluate(
     if plan:
         if chosen is None:
             raise InputError('--plan was given with "all". Expected one suite.')
-        found = chosen.plan(out=out / chosen.name, backend=running["backend"])
-        typer.echo(
-            "retrainings only: their number is known when maps are made" if found is None else str(found)
-        )
+        plans = chosen.plan(out=out / chosen.name, backend=running["backend"], workers=workers)
+        typer.echo("\n".join(f"{name}: {each}" for name, each in plans.items()))
         return
     result = (
         run_suites("all", out=out, options=options, **running)

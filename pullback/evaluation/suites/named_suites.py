@@ -11,13 +11,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pullback.core.errors import InputError, MethodError, nearest
-from pullback.evaluation.grid_sweep import Running
+from pullback.evaluation.grid_sweep import RetrainingPlan, Running
 from pullback.evaluation.measurements import Measurement, Measurements
 from pullback.evaluation.suites.cases import Case, content_of, net_of
 from pullback.evaluation.suites.compared import CONTROLS, METHODS, VARIANTS, made
 from pullback.evaluation.suites.measuring import rows_of
 from pullback.evaluation.suites.metrics import NEED_A_SIGNAL, RETRAINING, require_known
-from pullback.evaluation.suites.retrainings import Retraining, retrained
+from pullback.evaluation.suites.retrainings import Retraining, plans, retrained
 from pullback.evaluation.sweep import Sweep, SweepPlan, Task
 from pullback.workers import Backend
 
@@ -189,14 +189,27 @@ class Suite:
         return Measurements(_measurements(rows), self.settings())
 
     def plan(
-        self, *, out: str | os.PathLike[str] | None = None, backend: Backend = "serial"
-    ) -> SweepPlan | None:
-        """How many maps there are to make and measure, and how long that should take; retrainings are not counted.
+        self,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        backend: Backend = "serial",
+        workers: int | None = None,
+    ) -> dict[str, SweepPlan | RetrainingPlan]:
+        """What ``run`` has to do, and how long that should take: "maps", and each retraining benchmark by its name.
 
-        None where there are only retrainings. A first task is done, and kept in ``out``, to know its time.
+        A first map is made and measured, and kept in ``out``; a few steps of retraining are timed.
         """
+        found: dict[str, SweepPlan | RetrainingPlan] = {}
         sweep = self._sweep(None if out is None else Path(out))
-        return None if sweep is None else sweep.plan(backend)
+        if sweep is not None:
+            found["maps"] = sweep.plan(backend, workers)
+        metrics = [name for name in self.metrics if name in RETRAINING]
+        running = Running(backend=backend, workers=workers)
+        for pair in self.models if metrics else ():
+            cases = [case for case in self.cases() if (case.data, case.training) == pair]
+            names = [*self.methods, *self.controls]
+            found |= plans(cases, names, metrics, self.masks, self.retraining, running)
+        return found
 
     def settings(self) -> dict[str, Any]:
         """All of it as JSON, which ``from_settings`` reads."""

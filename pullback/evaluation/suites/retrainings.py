@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pullback.evaluation.diffroar import ROAR, DiffROAR
-from pullback.evaluation.grid_sweep import Running
+from pullback.evaluation.grid_sweep import RetrainingPlan, Running
 from pullback.evaluation.measurements import Measurement, Measurements
-from pullback.evaluation.orders import Source
+from pullback.evaluation.orders import Data, Source
 from pullback.evaluation.retraining import TrainSpec, multilayer_perceptron
 from pullback.evaluation.retraining_grid import Sources
 from pullback.evaluation.retraining_results import RetrainingResult
@@ -22,7 +23,7 @@ from pullback.evaluation.suites.compared import CONTROLS, VARIANTS
 from pullback.evaluation.suites.measuring import COLLAPSED, maps_of_data
 from pullback.evaluation.task_cache import keeping
 
-__all__ = ["Retraining", "retrained"]
+__all__ = ["Retraining", "plans", "retrained"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,60 @@ def _label(metric: str, level: float, mask: str) -> str:
     return f"{'DiffROAR' if metric == 'diffroar' else 'ROAR'}@{level:g}, {mask}"
 
 
+def plans(
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    metrics: Sequence[str],
+    masks: Sequence[str],
+    how: Retraining,
+    running: Running,
+) -> dict[str, RetrainingPlan]:
+    """What ``retrained`` would train, by metric and mask; no map is made for it."""
+    data = cases[0].loaded()
+    # how many maps there are is all that counts here
+    maps: dict[str, list[Source]] = {name: [(data.x, data.test_x)] * len(cases) for name in methods}
+    found = {}
+    for metric in metrics:
+        for mask in masks if metric != "mask_shape" else masks[:1]:
+            asked = _asked(metric, mask, data, maps, how)
+            label = metric if metric == "mask_shape" else f"{metric}, {mask}"
+            found[f"{data.name}, {cases[0].name}, {label}"] = asked.measure.plan(
+                asked.train, asked.test, asked.own, asked.factory, controls=asked.controls, backend=running.backend,
+                workers=running.workers,
+            )  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A benchmark and what it is run with."""
+
+    measure: DiffROAR | ROAR
+    train: Data
+    test: Data
+    own: Sources
+    controls: Sources
+    factory: Callable[[], nn.Module]
+
+
+def _asked(metric: str, mask: str, data: Loaded, maps: Mapping[str, list[Source]], how: Retraining) -> _Asked:
+    x, test_x = data.x, data.test_x[:1000]
+    if metric == "mask_shape":
+        # the mask itself is the input: 1 where the map keeps, 0 elsewhere
+        x, test_x, mask = torch.ones_like(x), torch.ones_like(test_x), "zeros"
+    kind = ROAR if metric == "roar" else DiffROAR
+    # a random map is drawn anew for every retraining, which one seed of the method would not be
+    drawn = ("random",) if "random" in maps else ()
+    return _Asked(
+        kind(levels=how.levels, seeds=how.seeds, training=how.training, mask=mask, controls=drawn),
+        (x, data.y),
+        (test_x, data.test_y[:1000]),
+        {name: each for name, each in maps.items() if name not in CONTROLS},
+        {name: each for name, each in maps.items() if name in CONTROLS and name != "random"},
+        partial(multilayer_perceptron, data.x[0].numel(), data.classes, how.hidden),
+    )
+
+
 def _measured(
     metric: str,
     mask: str,
@@ -114,26 +169,12 @@ def _measured(
     how: Retraining,
     running: Running,
 ) -> Measurements:
-    test = data.test_x[:1000], data.test_y[:1000]
-    parts = data.x[0].numel()
-    factory = partial(multilayer_perceptron, parts, data.classes, how.hidden)
-    own: Sources = {name: each for name, each in maps.items() if name not in CONTROLS}
-    controls: Sources = {name: each for name, each in maps.items() if name in CONTROLS and name != "random"}
-    # a random map is drawn anew for every retraining, which one seed of the method would not be
-    drawn = ("random",) if "random" in maps else ()
-    x, test_x = data.x, test[0]
-    if metric == "mask_shape":
-        # the mask itself is the input: 1 where the map keeps, 0 elsewhere
-        x, test_x, mask = torch.ones_like(x), torch.ones_like(test_x), "zeros"
-    kind = ROAR if metric == "roar" else DiffROAR
-    measure = kind(
-        levels=how.levels, seeds=how.seeds, training=how.training, mask=mask, controls=drawn, vectorize="auto"
-    )
+    asked = _asked(metric, mask, data, maps, how)
     with warnings.catch_warnings():
         # constant maps are ordered at random, which the tables show
         warnings.simplefilter("ignore", UserWarning)
-        found = measure.run(
-            (x, data.y), (test_x, test[1]), own, factory, controls=controls, out=running.out, resume=True,
+        found = asked.measure.run(
+            asked.train, asked.test, asked.own, asked.factory, controls=asked.controls, out=running.out, resume=True,
             backend=running.backend, workers=running.workers, threads=running.threads, progress=running.progress,
         )  # fmt: skip
     if metric == "mask_shape":

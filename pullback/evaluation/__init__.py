@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from pullback.evaluation.grid_sweep import RetrainingPlan
     from pullback.evaluation.imputation import NoisyLinear
     from pullback.evaluation.localization import leakage, pointing_game, relevance_mass, relevance_rank
+    from pullback.evaluation.measurements import Measurement, Measurements, Score
     from pullback.evaluation.perturbations import GaussianNoise, NoisyBaseline, SquareRemoval
     from pullback.evaluation.randomization import parameter_randomization, random_logit
+    from pullback.evaluation.ranks import Standing, standings
     from pullback.evaluation.results import MetricResult
     from pullback.evaluation.retraining import Trained, TrainSpec, multilayer_perceptron, train
     from pullback.evaluation.retraining_results import RetrainingResult, RetrainingRun, RetrainingScore
@@ -48,6 +50,8 @@ __all__ = [
     "Examples",
     "GaussianNoise",
     "Interval",
+    "Measurement",
+    "Measurements",
     "Member",
     "MetricResult",
     "NoisyBaseline",
@@ -58,7 +62,9 @@ __all__ = [
     "RetrainingResult",
     "RetrainingRun",
     "RetrainingScore",
+    "Score",
     "SquareRemoval",
+    "Standing",
     "Sweep",
     "SweepPlan",
     "Task",
@@ -88,6 +94,7 @@ __all__ = [
     "relevance_mass",
     "relevance_rank",
     "sensitivity_max",
+    "standings",
     "student_interval",
     "sufficiency",
     "train",
@@ -105,6 +112,11 @@ _FILES = {
     "RetrainingResult": "retraining_results",
     "RetrainingRun": "retraining_results",
     "RetrainingScore": "retraining_results",
+    "Measurement": "measurements",
+    "Measurements": "measurements",
+    "Score": "measurements",
+    "Standing": "ranks",
+    "standings": "ranks",
     "Sweep": "sweep",
     "SweepPlan": "sweep",
     "Task": "sweep",

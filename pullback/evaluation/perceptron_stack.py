@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,10 +23,12 @@ _ELEMENTWISE = (
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """E linear layers: ``weight`` (E, outputs, inputs), ``bias`` (E, outputs, 1) or None, each with its ``grad``."""
+    """E linear layers: ``weight`` (E, outputs, inputs), ``bias`` (E, outputs, 1) or None, and where gradients go."""
 
     weight: Tensor
     bias: Tensor | None
+    weight_gradient: Tensor
+    bias_gradient: Tensor | None
 
     def __call__(self, h: Tensor) -> Tensor:
         product = torch.bmm(self.weight, h)
@@ -46,15 +49,17 @@ class PerceptronStack:
 
     models: Sequence[nn.Sequential]
     layers: Sequence[Linear | nn.Module]
+    # all weights and biases in one vector, of which the layers are views: one tensor for the optimizer
+    vector: Tensor
 
     @property
     def parameters(self) -> list[Tensor]:
-        linears = [layer for layer in self.layers if isinstance(layer, Linear)]
-        return [tensor for each in linears for tensor in (each.weight, each.bias) if tensor is not None]
+        return [self.vector]
 
     @property
     def state(self) -> list[Tensor]:
-        return self.parameters
+        linears = [layer for layer in self.layers if isinstance(layer, Linear)]
+        return [tensor for each in linears for tensor in (each.weight, each.bias) if tensor is not None]
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -115,9 +120,9 @@ class PerceptronStack:
                 (g,) = torch.autograd.grad(result, point, g)
             else:
                 if into_weights:
-                    torch.bmm(g, before.mT, out=layer.weight.grad)
-                    if layer.bias is not None:
-                        torch.sum(g, 2, keepdim=True, out=layer.bias.grad)
+                    torch.bmm(g, before.mT, out=layer.weight_gradient)
+                    if layer.bias_gradient is not None:
+                        torch.sum(g, 2, keepdim=True, out=layer.bias_gradient)
                     if number == first:
                         break
                 # the input's gradient in the layout of the input: examples before features
@@ -150,22 +155,37 @@ def perceptron_stack(models: Sequence[nn.Module]) -> PerceptronStack:
     if reason is not None:
         raise MethodError(f'vectorize="stack" was given for {reason}. Use vectorize="vmap" or "loop".')
     sequences = [model for model in models if isinstance(model, nn.Sequential)]
-    layers: list[Linear | nn.Module] = []
-    for parts in zip(*sequences, strict=True):
+    layers = list(zip(*sequences, strict=True))
+    shapes = []
+    for parts in layers:
+        if isinstance(parts[0], nn.Linear):
+            outputs, inputs = parts[0].weight.shape
+            shapes += [(len(models), outputs, inputs)]
+            shapes += [(len(models), outputs, 1)] if parts[0].bias is not None else []
+    like = next(models[0].parameters())
+    vector = torch.empty(sum(map(math.prod, shapes)), dtype=like.dtype, device=like.device)
+    vector.grad = torch.zeros_like(vector)
+    places = list(zip(_views(vector, shapes), _views(vector.grad, shapes), strict=True))
+    stacked: list[Linear | nn.Module] = []
+    for parts in layers:
         linears = [part for part in parts if isinstance(part, nn.Linear)]
         if not linears:
             # values come flat
-            layers.append(nn.Identity() if isinstance(parts[0], nn.Flatten) else parts[0])
+            stacked.append(nn.Identity() if isinstance(parts[0], nn.Flatten) else parts[0])
             continue
-        weight = torch.stack([linear.weight.detach() for linear in linears]).requires_grad_()
-        bias = None
+        weight, weight_gradient = places.pop(0)
+        torch.stack([linear.weight.detach() for linear in linears], out=weight)
+        bias = bias_gradient = None
         if linears[0].bias is not None:
-            bias = torch.stack([linear.bias.detach()[:, None] for linear in linears]).requires_grad_()
-        for tensor in (weight, bias):
-            if tensor is not None:
-                tensor.grad = torch.zeros_like(tensor)
-        layers.append(Linear(weight, bias))
-    return PerceptronStack(sequences, layers)
+            bias, bias_gradient = places.pop(0)
+            torch.stack([linear.bias.detach()[:, None] for linear in linears], out=bias)
+        stacked.append(Linear(weight, bias, weight_gradient, bias_gradient))
+    return PerceptronStack(sequences, stacked, vector)
+
+
+def _views(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    parts = vector.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def why_no_perceptron(model: nn.Module) -> str | None:

@@ -26,7 +26,7 @@ from pullback.evaluation.views import Examples, Shown, View
 __all__ = ["Finished", "Member", "trained_together"]
 
 # Elements of input that an evaluation pass of a stack holds at once.
-_EVALUATION_ELEMENTS = 2**22
+_EVALUATION_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def trained_together(
         orders = torch.stack([torch.randperm(len(examples), generator=own) for own in shuffling]).to(device)
         loss_sum, hits = torch.zeros(count, device=device), torch.zeros(count, device=device)
         for batch in orders.split(spec.batch, dim=1):
-            points, labels = shown.batch(batch), examples.y[batch][own_order]
+            points, labels = shown.batch(batch), examples.y[batch].index_select(0, own_order)
             if spec.attack is not None:
                 points = _attacked(stack, points, labels, spec, attacking)
             losses, logits = stack.learn(points, labels)
             optimizer.step()
             loss_sum += losses * labels.shape[1]
-            hits += (logits.argmax(1) == labels).sum(1)
+            hits += (logits.max(1).indices == labels).sum(1)
         loss_list, hit_list = loss_sum.tolist(), hits.tolist()
         going = [not course.over for course in courses]
         for number, course in enumerate(courses):
@@ -153,7 +153,7 @@ def _stack_predictions(stack: Stack, examples: Examples, shown: Shown) -> Tensor
     """The class each member predicts for each example, (E, n)."""
     at_once = max(1, min(EVALUATION_BATCH, _EVALUATION_ELEMENTS // (shown.count * examples.x[0].numel())))
     rows = torch.arange(len(examples), device=examples.x.device).split(at_once)
-    return torch.cat([stack.logits(shown.batch(part)).argmax(1) for part in rows], 1)
+    return torch.cat([stack.logits(shown.batch(part)).max(1).indices for part in rows], 1)
 
 
 def _accuracies(stack: Stack, examples: Examples, shown: Shown) -> list[float]:

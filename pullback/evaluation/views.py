@@ -97,6 +97,13 @@ class Examples:
             self._shown(points[number], ranks[key], view, shown)
         return out
 
+    def write(self, view: View, out: Tensor) -> None:
+        """All examples as one view shows them, into ``out`` (n, *S)."""
+        if view.order is None:
+            out.copy_(self.x)
+        else:
+            self._shown(self.x, self._rank(view).float(), view, out)
+
     def part(self, rows: Tensor) -> Examples:
         """These rows alone."""
         ranks = {name: rank[rows] for name, rank in self.ranks.items()}
@@ -182,10 +189,9 @@ class Shown:
         if self.bytes > memory:
             self.bytes = 0
             return
-        every = torch.arange(len(examples), device=device)
         self._written = examples.x.new_empty(len(distinct) * len(examples), *examples.x.shape[1:])
         for part, view in zip(self._written.split(len(examples)), distinct, strict=True):
-            part.copy_(examples.seen(every, view))
+            examples.write(view, part)
 
     def batch(self, rows: Tensor) -> Tensor:
         """(E, B, *S): member e sees ``rows[whose[e]]`` of (R, B), or all of (B,); the next call may overwrite it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pullback.evaluation.perceptron_stack import cross_entropy_gradient
 from pullback.evaluation.retraining import (
     EVALUATION_BATCH,
     SAMPLE,
@@ -19,7 +20,6 @@ from pullback.evaluation.retraining import (
     generators,
     optimizer_of,
 )
-from pullback.evaluation.perceptron_stack import cross_entropy_gradient
 from pullback.evaluation.stacking import Stack
 from pullback.evaluation.views import Examples, Shown, View
 
@@ -142,7 +142,9 @@ def _attacked(
 
     def gradient(flat: Tensor) -> Tensor:
         stacked = flat.unflatten(0, labels.shape)
-        return stack.input_gradient(stacked, lambda logits: cross_entropy_gradient(logits, labels)).flatten(0, 1)
+        return stack.input_gradient(stacked, lambda logits: cross_entropy_gradient(logits, labels)).flatten(
+            0, 1
+        )
 
     found: Tensor = spec.attack.ascend(gradient, points.flatten(0, 1), spec.bounds, generators)
     perturbed: Tensor = found.unflatten(0, labels.shape)

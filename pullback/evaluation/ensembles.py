@@ -226,6 +226,8 @@ def fastest(
     for _ in range(_PROBE_REPEATS):
         stacked = min(stacked, _probed_seconds(way, factory, examples, some, spec, _PROBE_STEPS) / len(some))
         looped = min(looped, _probed_seconds("loop", factory, examples, some[:1], spec, _PROBE_STEPS))
+        if stacked > 1.2 * looped:
+            break
     return way if stacked < looped else "loop"
 
 

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.retraining [--hidden 16 --batch 32] [--net cnn] [--attack]
 
-90 members (6 orders, 3 views of each, 5 seeds) of 392-32-32-10, batch 64 by default. The loop trains 10 of them and
-is scaled: its time is proportional to the members, up to the noise of a shared machine (--looped 90 trains all). Both ways use the same fused Adam. "floor" is what no way of stacking
-can do without: the matrix products and the optimizer of 30 members at a time, on data already masked, and nothing else.
+90 members (6 orders, 3 views of each, 5 seeds) of 392-32-32-10, batch 64 by default. The loop trains 10 of them and is
+scaled: its time is proportional to the members, up to the noise of a shared machine (--looped 90 trains all). All ways
+use the same fused Adam. "floor" is what no way of stacking can do without: the matrix products and the optimizer of 30
+members at a time, on data already masked, and nothing else.
 """
 
 from __future__ import annotations

@@ -36,7 +36,14 @@ PAPER = {
     },
 }
 SHAPE = "mask shape alone"
-COLOURS = {"gradient, standard net": "#2166ac", "gradient, robust net": "#b2182b"}
+COLOURS = {
+    "gradient, standard net": "#2166ac",
+    "gradient, robust net": "#b2182b",
+    "gradient, standard net, blurred": "#67a9cf",
+    "edges": "#1b7837",
+    "untrained": "#e08214",
+    "input": "0.2",
+}
 
 
 def packed(bits: Tensor) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         here = [row for row in rows if (row["dataset"], row["mask"]) == (dataset, mask)]
         levels = list(dict.fromkeys(row["level"] for row in here))
         title = f"{dataset}, {mask}: DiffROAR [95 %] (accuracy of top / bottom), by fraction kept"
-        lines += ["", title, f"{'':34}" + "".join(f"{level:<36g}" for level in levels)]
+        lines += ["", title, f"{'':36}" + "".join(f"{level:<38g}" for level in levels)]
         for method in dict.fromkeys(row["method"] for row in here):
             own = [row for row in here if row["method"] == method]
             cells = [
@@ -158,16 +165,16 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 for row in own
             ]
             name = f"{method} *" if own[0]["control"] else method
-            lines.append(f"{name:<34}" + "".join(f"{cell:<36}" for cell in cells))
+            lines.append(f"{name:<36}" + "".join(f"{cell:<38}" for cell in cells))
     lines += [
         "* control",
         "",
         "the paper's own curves (as plotted in the authors' repository), by fraction kept",
     ]
-    lines.append(f"{'':34}" + "".join(f"{level:<8g}" for level in PAPER_LEVELS))
+    lines.append(f"{'':36}" + "".join(f"{level:<8g}" for level in PAPER_LEVELS))
     for data, nets in PAPER.items():
         for net, values in nets.items():
-            lines.append(f"{f'{data}, {net}':<34}" + "".join(f"{value:<+8.3f}" for value in values))
+            lines.append(f"{f'{data}, {net}':<36}" + "".join(f"{value:<+8.3f}" for value in values))
     return lines
 
 
@@ -212,32 +219,34 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_ylabel("DiffROAR", fontsize=8)
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    styles = iter([":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))])
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         levels, mean, low, high = ([row[part] for row in own] for part in ("level", "mean", "low", "high"))
         if method == "random":
-            panel.fill_between(levels, low, high, color="0.85", label="random")
+            panel.fill_between(levels, low, high, color="0.8", label=method)
             continue
-        colour = COLOURS.get(method, "0.35")
-        style = "-" if method in COLOURS else next(styles)
+        colour = COLOURS[method]
+        control = own[0]["control"]
         panel.plot(
-            levels,
-            mean,
-            color=colour,
-            linestyle=style,
-            marker="o",
-            markersize=2.5,
-            linewidth=1.4,
-            label=method,
-        )
-        panel.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
-    panel.legend(fontsize=6, frameon=False)
+            levels, mean, color=colour, linestyle="--" if control else "-", marker="o", markersize=2.5,
+            linewidth=1.0 if control else 1.8, label=f"{method} (control)" if control else method,
+        )  # fmt: skip
+        if control:
+            panel.vlines(levels, low, high, color=colour, linewidth=0.8)
+        else:
+            panel.fill_between(levels, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def shares(leak: Sequence[Mapping[str, Any]], theory: Sequence[Mapping[str, Any]], path: Path) -> None:

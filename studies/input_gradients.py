@@ -61,8 +61,8 @@ class Settings:
     training_images: int = 6000
     test_images: int = 1000
     hidden: int = 128
-    epochs: int = 5
-    robust_epochs: int = 10
+    epochs: int = 30
+    robust_epochs: int = 30
     radius: float = 1.0
     levels: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
     retrainings: int = 4
@@ -76,7 +76,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    datasets=(BLOCKS,), training_images=1500, test_images=200, robust_epochs=8, levels=(0.05, 0.2), retrainings=2,
+    datasets=(BLOCKS,), training_images=1500, test_images=200, epochs=5, robust_epochs=8, levels=(0.05, 0.2), retrainings=2,
     masks=(("zeros", 8),), leakage_images=2000, leakage_test_images=100,
 )  # fmt: skip
 

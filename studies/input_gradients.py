@@ -76,8 +76,8 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    datasets=(BLOCKS,), training_images=1500, test_images=200, epochs=5, robust_epochs=8, levels=(0.05, 0.2), retrainings=2,
-    masks=(("zeros", 8),), leakage_images=2000, leakage_test_images=100,
+    datasets=(BLOCKS,), training_images=1500, test_images=200, epochs=5, robust_epochs=8, levels=(0.05, 0.2),
+    retrainings=2, masks=(("zeros", 8),), leakage_images=2000, leakage_test_images=100,
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ PAPER = {
     },
 }
 SHAPE = "mask shape alone"
+DIFFERENCE = "robust minus standard net"
 COLOURS = {
     "gradient, standard net": "#2166ac",
     "gradient, robust net": "#b2182b",
@@ -65,7 +66,9 @@ def diffroar_rows(records: Records) -> list[dict[str, Any]]:
     for part, bases in records.items():
         if not part.startswith("diffroar"):
             continue
+        dataset = bases[0]["dataset"]
         for mask in bases[0]["results"]:
+            hits: dict[tuple[str, float], npt.NDArray[np.float64]] = {}
             for number, first in enumerate(bases[0]["results"][mask]):
                 every = [base["results"][mask][number] for base in bases]
                 assert all(
@@ -73,22 +76,23 @@ def diffroar_rows(records: Records) -> list[dict[str, Any]]:
                 )
                 # (bases, sides, retrainings, images)
                 right = np.stack([unpacked(each["right"]) for each in every])
-                found = hierarchical_bootstrap(right[:, 0] - right[:, 1], samples=1000)
-                rows.append(
-                    {
-                        "dataset": bases[0]["dataset"],
-                        "mask": mask,
-                        "method": first["method"],
-                        "control": first["control"],
-                        "level": first["level"],
-                        **_bounds(found),
-                        "top": round(float(right[:, 0].mean()), 4),
-                        "bottom": round(float(right[:, 1].mean()), 4),
-                        "not converged": sum(each["flagged"] for each in every),
-                        "diverged": sum(each["diverged"] for each in every),
-                        "retrainings": right[:, :, :, 0].size,
-                    }
-                )
+                known = {part: first[part] for part in ("method", "control", "level")}
+                hits[first["method"], first["level"]] = right[:, 0] - right[:, 1]
+                counts = {
+                    "top": round(float(right[:, 0].mean()), 4),
+                    "bottom": round(float(right[:, 1].mean()), 4),
+                    "not converged": sum(each["flagged"] for each in every),
+                    "diverged": sum(each["diverged"] for each in every),
+                    "retrainings": right[:, :, :, 0].size,
+                }
+                bounds = _bounds(hierarchical_bootstrap(right[:, 0] - right[:, 1], samples=1000))
+                rows.append({"dataset": dataset, "mask": mask, **known, **bounds, **counts})
+            for level in dict.fromkeys(level for _, level in hits):
+                robust, standard = (hits[f"gradient, {net} net", level] for net in ("robust", "standard"))
+                bounds = _bounds(hierarchical_bootstrap(robust - standard, samples=1000))
+                known = {"method": DIFFERENCE, "control": False, "level": level}
+                empty = dict.fromkeys(counts, "")
+                rows.append({"dataset": dataset, "mask": mask, **known, **bounds, **empty})
     return rows
 
 
@@ -161,7 +165,8 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for method in dict.fromkeys(row["method"] for row in here):
             own = [row for row in here if row["method"] == method]
             cells = [
-                f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({row['top']:.2f} / {row['bottom']:.2f})"
+                f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+                + (f" ({row['top']:.2f} / {row['bottom']:.2f})" if row["top"] != "" else "")
                 for row in own
             ]
             name = f"{method} *" if own[0]["control"] else method
@@ -205,6 +210,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 panel.set_axis_off()
                 continue
             here = [row for row in rows if (row["dataset"], row["mask"]) == (dataset, masks[down])]
+            here = [row for row in here if row["method"] != DIFFERENCE]
             _panel(panel, here)
             panel.set_title(f"{dataset}, masked with {masks[down]}", fontsize=9)
     for panel, (name, nets) in zip(panels[:, -1], PAPER.items(), strict=False):

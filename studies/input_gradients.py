@@ -166,7 +166,7 @@ def diffroar(name: str, seed: int, settings: Settings) -> dict[str, Any]:
         points[0][0].numel(), 10, (settings.retraining_hidden, settings.retraining_hidden)
     )
     measure = DiffROAR(
-        levels=settings.levels, seeds=settings.retrainings, validation=0.0,
+        levels=settings.levels, seeds=settings.retrainings, validation=0.0, vectorize="stack",
         training=TrainSpec(batch=128, learning_rate=2e-3, seed=1000 * (seed + 1)),
     )  # fmt: skip
     results = {}

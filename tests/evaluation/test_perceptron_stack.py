@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pullback.core.errors import MethodError
 from pullback.evaluation import PGD, Examples, Member, TrainSpec, View, ensembles, multilayer_perceptron
-from pullback.evaluation.ensembles import chosen_way
+from pullback.evaluation.ensembles import fastest
 from pullback.evaluation.perceptron_stack import cross_entropy_gradient, perceptron_stack
 from pullback.evaluation.stacking import vmapped_stack
 from pullback.evaluation.views import Shown
@@ -117,7 +117,7 @@ def chosen(
     examples = Examples(x, torch.zeros(100, dtype=torch.long))
     spec = TrainSpec(epochs=10, batch=10)
     every = [Member(seed) for seed in range(members)]
-    return chosen_way(factory, factory(), examples, every, spec, members), timed
+    return fastest(factory, factory(), examples, every, spec, members), timed
 
 
 def test_auto_takes_the_faster_way_and_times_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # module -> what its quick run leaves in the folder given by --out
 STUDIES = {
+    "input_gradients": (
+        "results.jsonl", "diffroar.csv", "leakage.csv", "theory.csv", "diffroar.png", "leakage.png", "maps.png",
+    ),
     "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
     "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),
     "steering_images": ("results.jsonl", "table.csv", "steering_images.png"),

@@ -27,7 +27,6 @@ from pullback.workers import Backend, peak_memory, worker_count
 __all__ = ["GridTraining", "RetrainingPlan", "Running"]
 
 _PROBE_STEPS = 4
-_PROBE_MEMBERS = 24
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ class GridTraining:
         if key not in kept.read():
             with seeded(members[0].seed, self.examples.x.device):
                 model = self.factory().to(self.examples.x.device)
-            way = fastest(self.factory, model, self.examples, members[:_PROBE_MEMBERS], self.spec)
+            way = fastest(self.factory, model, self.examples, members, self.spec)
             if out is not None:
                 Path(out).mkdir(parents=True, exist_ok=True)
             kept.append(key, {"way": way})

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 # module -> what its quick run leaves in the folder given by --out
 STUDIES = {
     "input_gradients": (
-        "results.jsonl", "diffroar.csv", "leakage.csv", "theory.csv", "diffroar.png", "leakage.png", "maps.png",
+        "results.jsonl",
+        "diffroar.csv",
+        "leakage.csv",
+        "theory.csv",
+        "diffroar.png",
+        "leakage.png",
+        "maps.png",
     ),
     "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
     "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),

@@ -61,7 +61,7 @@ def suites(quick: bool) -> list[Suite]:
         "epochs": 2 if quick else 6,
         "training_images": 300 if quick else 6000,
     }
-    how = Retraining(seeds=2, epochs=2 if quick else 6)
+    how = Retraining(seeds=2, epochs=2 if quick else 12)
     some = ("gradient", "integrated gradients") if quick else tuple(METHODS)
     return [
         Suite("blocks", blocks, (*LOCAL, *FAITHFUL, *SANITY), training_images=trained_on, **few, **blocks_settings),

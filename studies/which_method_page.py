@@ -166,6 +166,14 @@ def _question(whole: Measurements, question: str, found: Sequence[Answer]) -> st
     ]
     if any(name == "random logit" for name in metrics):
         lines += ["", _LOGIT]
+    scores = [score for score in whole.scores() if score.metric in metrics and not score.control]
+    unsettled = sum(any("had not converged" in flag for flag in score.flags) for score in scores)
+    if unsettled:
+        lines += [
+            "",
+            f"Of these {len(scores)} scores, {unsettled} rest on retrainings some of which had not settled after the "
+            "epochs that they had: longer training would move them.",
+        ]
     return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ class Retraining:
 
     levels: tuple[float, ...] = (0.05, 0.2)
     seeds: int = 3
-    epochs: int = 6
+    epochs: int = 12
     batch: int = 128
     learning_rate: float = 2e-3
     hidden: tuple[int, ...] = (32, 32)

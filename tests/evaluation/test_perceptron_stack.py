@@ -165,3 +165,23 @@ def test_the_attack_climbs_to_where_the_ball_and_the_bounds_allow(norm: str) -> 
     # the largest components of the step are cut off at the bounds
     assert torch.allclose(within[:, 0, 0], torch.tensor([0.6, 0.45], dtype=torch.float64), atol=1e-9)
     assert bool((x == 0.5).all())
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("step", [0.02, 0.3])
+def test_the_attack_step_by_step(norm: str, step: float) -> None:
+    # small steps stay inside the ball, large ones are projected; the bounds cut off most of what is left
+    model, (x, y) = models(nn.Tanh)[0], (X[0].sigmoid(), Y[0])
+    found = PGD(norm, 0.25, steps=4, step_size=step).perturb(model, x, y, bounds=(0.3, 0.7))
+    expected = []
+    for row, label in zip(x, y, strict=True):
+        delta = row.clamp(0.3, 0.7) - row
+        for _ in range(4):
+            point = (row + delta).requires_grad_()
+            F.cross_entropy(model(point[None]), label[None]).backward()
+            delta = delta + step * (point.grad / point.grad.norm() if norm == "l2" else point.grad.sign())
+            delta = delta * min(1.0, float(0.25 / delta.norm())) if norm == "l2" else delta.clamp(-0.25, 0.25)
+            delta = (row + delta).clamp(0.3, 0.7) - row
+        expected.append(row + delta)
+    assert torch.allclose(found, torch.stack(expected), atol=1e-12)
+    assert float(found.min()) >= 0.3

@@ -184,7 +184,9 @@ def evaluate_sae(
             sums[way].predict(
                 plain.cut.logits(inputs, _placed(value, found.kept, rows)), reference, inputs, labels
             )
-    measures = {way: _measures(sums[way], own, sums["zero"], sums["mean"], tokens) for way in chosen}
+    measures: dict[str, SelectionMeasures] = {
+        way: _measures(sums[way], own, sums["zero"], sums["mean"], tokens) for way in chosen
+    }
     _warn_of_collapse(measures)
     return SparseAutoencoderEvaluation(measures, own.ce, sums["zero"].ce, sums["mean"].ce, tokens)
 

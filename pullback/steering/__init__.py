@@ -2,18 +2,33 @@
 
 from .blocks import Fingerprint, find_blocks, fingerprint
 from .directions import fit
+from .evaluate import evaluate
 from .pairs import Pair
+from .questions import Question
+from .results import Evaluation, Flag, Generation, Row
+from .scoring import Setting
 from .statistics import LayerStatistics, SteeringStatistics
+from .sweep import Sweep, SweepPoint, sweep
 from .vector import SteeringVector, load
 
 __all__ = [
+    "Evaluation",
     "Fingerprint",
+    "Flag",
+    "Generation",
     "LayerStatistics",
     "Pair",
+    "Question",
+    "Row",
+    "Setting",
     "SteeringStatistics",
     "SteeringVector",
+    "Sweep",
+    "SweepPoint",
+    "evaluate",
     "find_blocks",
     "fingerprint",
     "fit",
     "load",
+    "sweep",
 ]

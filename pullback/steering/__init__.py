@@ -9,6 +9,7 @@ from .results import Evaluation, Flag, Generation, Row
 from .scoring import Setting
 from .statistics import LayerStatistics, SteeringStatistics
 from .sweep import Sweep, SweepPoint, sweep
+from .truthfulqa import TruthfulQAResult, truthful_pairs, truthful_questions, truthfulqa
 from .vector import SteeringVector, load
 
 __all__ = [
@@ -25,10 +26,14 @@ __all__ = [
     "SteeringVector",
     "Sweep",
     "SweepPoint",
+    "TruthfulQAResult",
     "evaluate",
     "find_blocks",
     "fingerprint",
     "fit",
     "load",
     "sweep",
+    "truthful_pairs",
+    "truthful_questions",
+    "truthfulqa",
 ]

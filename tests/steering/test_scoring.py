@@ -136,6 +136,9 @@ def test_answers_that_differ_in_their_last_token_share_a_row(monkeypatch: pytest
     encoded = encode_questions(model, None, [Question([5, 6], [7, [3, 4], [3, 5]], [8, [3, 6]])])
     answer_log_probs(model, None, encoded)
     assert rows == [2]
+    rows.clear()
+    answer_log_probs(model, None, encoded, reuse_prompt=True)
+    assert rows == [1, 1]  # the prompt once, and what follows it
 
 
 @pytest.mark.parametrize(

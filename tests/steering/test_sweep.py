@@ -39,7 +39,9 @@ def test_points_are_the_model_at_their_settings() -> None:
 def test_the_largest_shift_within_the_budget_is_chosen() -> None:
     # what the model itself says is likely, and less so the further it is steered
     model = llama()
-    own = model.generate(torch.tensor([[1, 5]]), max_new_tokens=14, min_new_tokens=14, do_sample=False).tolist()
+    own = model.generate(
+        torch.tensor([[1, 5]]), max_new_tokens=14, min_new_tokens=14, do_sample=False
+    ).tolist()
     free = swept(budget=1e9, neutral=own)
     assert [point.strength for point in free.points] == STRENGTHS
     assert free.best == Setting(1.6, (2,))

@@ -186,6 +186,15 @@ def evaluate(
             )  # fmt: skip
             best = _values(measured(_at(vector, found.best), found.best, encoded), base)
             rows += _summary(name, "validated", best, found.best.strength, vector.layers, samples, seed)
+            rows += [
+                Row(name, "validated", measure, value, None, None, 1, found.best.strength, vector.layers)
+                for point in found.points
+                if point.strength == found.best.strength
+                for measure, value in (
+                    ("perplexity_ratio", point.perplexity_ratio),
+                    ("divergence", point.divergence),
+                )
+            ]
     settings = {
         "setting": asdict(where), "questions": len(encoded), "random_draws": random_draws, "budget": budget,
         "samples": samples, "seed": seed, "vectors": {name: str(vector) for name, vector in chosen.items()},

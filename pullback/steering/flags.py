@@ -12,6 +12,7 @@ __all__ = ["flags_of"]
 LARGEST_ANTI_STEERABLE = 0.25
 LARGEST_GAP = 0.1  # of completeness, as ``fit`` warns
 SMALLEST_AGREEMENT = 0.05  # as ``fit`` warns
+LARGEST_DIVERGENCE = 0.5  # nats a token of neutral text
 LARGEST_REPETITION = 0.2  # more than without steering
 FEWEST_QUESTIONS = 20
 BASELINES = ("prompt", "random_tokens", "mean_diff", "mean_grad")
@@ -67,6 +68,10 @@ def flags_of(
     elif ratio > budget:
         say(True, "perplexity", f"the perplexity of neutral text is {ratio:.3g} times that without steering, over the "
             f"budget of {budget:g}.")  # fmt: skip
+    divergence = estimate(name, "divergence")
+    if divergence is not None and divergence > LARGEST_DIVERGENCE:
+        say(False, "divergence", f"neutral text is predicted otherwise than before ({divergence:.2g} nats a token), "
+            "whatever its perplexity.")  # fmt: skip
     completeness = vector.provenance.get("completeness") or {}
     settings = vector.provenance.get("settings") or {}
     gap = completeness.get("relative_gap")

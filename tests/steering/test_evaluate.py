@@ -178,6 +178,11 @@ def test_perplexity_over_the_budget_is_flagged() -> None:
     assert "perplexity" in names(over, "given")
     assert "perplexity" not in names(within, "given")
     assert "few_questions" in names(within, "given", "caution")
+    # the caution about divergence follows its own number
+    for strength in (0.02, 8.0):
+        found = evaluate(model, None, towards(model), pairs(4, 1), setting=Setting(strength), **run)
+        far = found.value("given", "divergence") > 0.5
+        assert ("divergence" in names(found, "given", "caution")) == far == (strength == 8.0)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +264,8 @@ def test_strengths_are_chosen_for_every_method_on_validation() -> None:
     shift = np.mean(margins(model, pairs(5, 1), vector, 0.6)) - np.mean(margins(model, pairs(5, 1)))
     assert row.estimate == pytest.approx(shift, abs=1e-9)
     assert found.row("mean_diff", "margin_shift", "validated").count == 5
+    (point,) = [point for point in chosen.points if point.strength == 0.6]
+    assert found.value("given", "perplexity_ratio", "validated") == point.perplexity_ratio
 
 
 def test_tables_hold_the_same_numbers(found: Evaluation, tmp_path: Path) -> None:

@@ -164,6 +164,12 @@ def test_truthfulqa_is_fitted_chosen_and_tested_on_other_questions(folder: Path)
             "--generations", 0, "--json")
     )  # fmt: skip
     assert (found["settings"]["questions"], found["settings"]["fit_pairs"]) == (5, 4)
+    assert found["settings"]["setting"]["strength"] in (0.1, 0.2, 0.4, 0.8)
+    typed = json.loads(
+        run("evaluate", folder / "model", folder / "t.safetensors", *options, "--strength", 0.25, "--random-draws", 2,
+            "--generations", 0, "--json")
+    )  # fmt: skip
+    assert typed["settings"]["setting"]["strength"] == 0.25
 
 
 def test_mistakes_say_what_to_type(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +201,10 @@ def test_mistakes_say_what_to_type(folder: Path, capsys: pytest.CaptureFixture[s
         (["evaluate", model, vector, empty], "is empty"),
         (["evaluate", model, pairs, asked], "pairs.jsonl"),
         (["evaluate", model, vector, asked, "--html", folder / "no" / "x.html"], "cannot be written"),
+        (
+            ["evaluate", model, vector, asked, "--validation", folder / "validation.jsonl", "--strength", 1],
+            "one of the two",
+        ),
         (["evaluate", model, vector, asked, "--nonsense"], "See: pullback steer --help"),
     ):
         assert message in mistake(capsys, *arguments), arguments

@@ -33,7 +33,10 @@ Tokenizer = Annotated[
 Layers = Annotated[
     str | None, typer.Option("--layers", help='Blocks: "4", "4,5", "4:8", "0.5". Default: all.')
 ]
-Strength = Annotated[float | None, typer.Option("--strength", help="Default 0.4; negative steers away.")]
+Strength = Annotated[
+    float | None,
+    typer.Option("--strength", help="Default 0.4, or chosen where there are validation questions."),
+]
 Scale = Annotated[str | None, typer.Option("--scale", help='"relative" (default), "fit" or "absolute".')]
 Scope = Annotated[str | None, typer.Option("--scope", help='"all" (default), "prompt" or "generated".')]
 Seed = Annotated[
@@ -247,6 +250,7 @@ def evaluate_vector(
     files = {name: Path(options[name]) for name in ("out", "csv", "html") if options[name] is not None}
 
     from pullback.commands.explain import require_folders
+    from pullback.core.errors import InputError
     from pullback.datasets import neutral_sentences
     from pullback.steering import evaluate, load, sweep
 
@@ -257,7 +261,11 @@ def evaluate_vector(
     texts = neutral_sentences() if options["neutral"] is None else read_texts(Path(options["neutral"]))
     tested = data["test"] if data else read_questions(Path(options["questions"]))
     pairs = data["fit"] if data else _read(options["fit_pairs"], read_pairs)
-    chosen_on = data["validation"] if data else _read(options["validation"], read_questions)
+    if options["strength"] is not None and options["validation"] is not None:
+        raise InputError("--strength is given, and --validation to choose it on; give one of the two.")
+    chosen_on = _read(options["validation"], read_questions)
+    if data and options["strength"] is None:
+        chosen_on = data["validation"]
     setting: Any = _setting(options, loaded, named)
     swept = None
     if chosen_on is not None:
@@ -276,7 +284,7 @@ def evaluate_vector(
     if "csv" in files:
         found.to_csv(files["csv"])
     if "html" in files:
-        from pullback.steering.report import write_steering_report
+        from pullback.steering import write_steering_report
 
         write_steering_report(
             files["html"], found, loaded, sweep=swept, pairs=pairs, tokenizer=words, model=named
@@ -289,7 +297,8 @@ def evaluate_vector(
         typer.echo(f"wrote {path}")
 
 
-_SETTING = {"strength": 0.4, "scale": "relative", "scope": "all"}
+_SETTING = {"scale": "relative", "scope": "all"}
+_STRENGTH = 0.4
 
 
 def _require(options: dict[str, Any], *names: str) -> None:
@@ -321,7 +330,8 @@ def _setting(options: dict[str, Any], vector: Any, model: Any) -> Any:
     layers = None if wanted is None else tuple(select_layers(wanted, len(find_blocks(model))))
     if layers is not None:
         vector.select(list(layers))  # refuses blocks without a direction
-    return Setting(options["strength"], layers, options["scale"], options["scope"])
+    strength = _STRENGTH if options["strength"] is None else options["strength"]
+    return Setting(strength, layers, options["scale"], options["scope"])
 
 
 def _data(options: dict[str, Any], path: Any, name: str) -> dict[str, list[Any]] | None:

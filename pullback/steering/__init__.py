@@ -5,6 +5,7 @@ from .directions import fit
 from .evaluate import evaluate
 from .pairs import Pair
 from .questions import Question
+from .report import write_steering_report
 from .results import Evaluation, Flag, Generation, Row
 from .scoring import Setting
 from .statistics import LayerStatistics, SteeringStatistics
@@ -36,4 +37,5 @@ __all__ = [
     "truthful_pairs",
     "truthful_questions",
     "truthfulqa",
+    "write_steering_report",
 ]

@@ -175,8 +175,8 @@ def evaluate(
     count = len(find_blocks(model, blocks))
     flags: list[Flag] = []
     for name, vector in chosen.items():
-        own = [*without] if name == first_name else without
-        flags += flags_of(name, vector, rows, vector.layers, count, budget, own, bands.get(name, "random"))
+        band = bands.get(name, "random")
+        flags += flags_of(name, vector, rows, vector.layers, count, budget, without, band)
     if validation is not None:
         assert neutral is not None
         for name, (vector, _) in compared.items():

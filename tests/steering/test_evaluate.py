@@ -18,7 +18,7 @@ from pullback import InputError, MethodError, ModelError
 from pullback.steering import Evaluation, Question, Setting, SteeringVector, evaluate, fit, sweep
 from pullback.steering.baselines import random_directions
 from pullback.steering.results import Row
-from tests.steering.models import hooks, random_vector
+from tests.steering.models import built, hooks, random_vector
 from tests.steering.tiny import BAD, GOOD, llama, pairs, prompts, towards
 
 NEUTRAL = [[1, 5, 6, 7, 8], [1, 9, 10, 11]]
@@ -347,6 +347,35 @@ def test_questions_that_differ_by_their_image_are_not_the_same() -> None:
     assert prompt_digest(ids, {"pixel_values": pixels}) == prompt_digest(
         ids, {"pixel_values": pixels.clone()}
     )
+
+
+def test_vectors_at_other_blocks_have_a_band_of_their_own() -> None:
+    model = llama()
+    vectors = {
+        "last": towards(model),
+        "first": random_vector(model, [0], width=16),
+        "also": towards(model, sign=-1.0),
+    }
+    found = evaluate(model, None, vectors, pairs(4, 1), random_draws=4, samples=10)
+    assert found.conditions[:7] == ("none", "last", "first", "also", "prompt", "random", "random for first")
+    bands = {name: found.row(name, "margin_shift") for name in ("random", "random for first")}
+    assert (bands["random"].layers, bands["random for first"].layers) == ((2,), (0,))
+    high = bands["random for first"].high
+    assert high is not None
+    assert ("within_random_band" in names(found, "first")) == (found.value("first", "margin_shift") <= high)
+
+
+def test_an_encoder_decoder_is_evaluated_without_what_it_has_not() -> None:
+    model, _ = built("t5", double=True)
+    vector = random_vector(model, [1])
+    asked, given = [([5, 6, 7], 8, 9), ([5, 10], 8, 9)], [([5, 11, 7], 8, 9), ([12, 6, 4], 8, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(model, None, vector, asked, fit_pairs=given, random_draws=2, samples=10)
+    assert found.row("mean_diff", "margin_shift").estimate is None
+    assert found.row("mean_grad", "margin_shift").estimate is not None
+    with pytest.raises(InputError, match="this one is an encoder-decoder: neutral=None"):
+        evaluate(model, None, vector, asked, neutral=[[5, 6, 7]])
 
 
 def test_long_demonstrations_are_left_out_where_the_model_is_short() -> None:

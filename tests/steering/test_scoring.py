@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pullback import InputError, MethodError, ModelError
 from pullback.steering import Pair, Question, Setting
+from pullback.steering.measures import answer_measures
 from pullback.steering.questions import encode_questions
 from pullback.steering.scoring import answer_log_probs
 from tests.steering.models import built, random_vector
@@ -122,6 +123,53 @@ def test_an_encoder_decoder_answers_in_its_decoder() -> None:
     torch.testing.assert_close(found, torch.tensor(singly, dtype=torch.float64), rtol=0.0, atol=1e-8)
 
 
+class Bigrams(nn.Module):
+    """p(next | token) from a table, whatever came before: log-probabilities are sums of its entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.table[input_ids]
+
+
+def test_a_model_of_bigrams_in_closed_form() -> None:
+    model = Bigrams().eval()
+    asked = [Question([1, 2], [[3, 4], 5], [[6, 7, 8]]), Question([9], [10], [[3, 4, 5, 6], 7])]
+    p = model.table.detach().softmax(-1)
+    wanted = [
+        p[2, 3] * p[3, 4], p[2, 5], p[2, 6] * p[6, 7] * p[7, 8],
+        p[9, 10], p[9, 3] * p[3, 4] * p[4, 5] * p[5, 6], p[9, 7],
+    ]  # fmt: skip
+    encoded = encode_questions(model, None, asked)
+    found = answer_log_probs(model, None, encoded)
+    torch.testing.assert_close(found, torch.stack(wanted).log(), **CLOSE)
+    measures = answer_measures(encoded, found)
+    mass = [float(sum(wanted[:2]) / sum(wanted[:3])), float(wanted[3] / sum(wanted[3:]))]
+    assert measures.mc2.tolist() == pytest.approx(mass, rel=1e-12)
+    assert measures.mc1.tolist() == [float(max(wanted[:2]) > wanted[2]), float(wanted[3] > max(wanted[4:]))]
+
+
+def test_images_go_along_with_their_question() -> None:
+    model, inputs = built("llava", double=True)
+    prompt = {name: leaf[:1] for name, leaf in inputs.items()}
+    other = {**prompt, "pixel_values": prompt["pixel_values"].flip(-1) + 0.5}
+    asked = [Question(each, [[5, 6], 7], [[8]]) for each in (prompt, other)]
+    encoded = encode_questions(model, None, asked)
+    found = answer_log_probs(model, None, encoded)
+    singly = []
+    with torch.no_grad():
+        for each in (prompt, other):
+            for answer in ([5, 6], [7], [8]):
+                ids = torch.cat([each["input_ids"], torch.tensor([answer])], 1)
+                logits = model(input_ids=ids, pixel_values=each["pixel_values"]).logits
+                log_probs = logits[0, -len(answer) - 1 : -1].double().log_softmax(-1)
+                singly.append(sum(float(log_probs[at, token]) for at, token in enumerate(answer)))
+    torch.testing.assert_close(found, torch.tensor(singly, dtype=torch.float64), rtol=0.0, atol=1e-8)
+    assert (found[:3] - found[3:]).abs().min() > 1e-6
+
+
 def test_answers_that_differ_in_their_last_token_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     rows = []
@@ -139,6 +187,12 @@ def test_answers_that_differ_in_their_last_token_share_a_row(monkeypatch: pytest
     rows.clear()
     answer_log_probs(model, None, encoded, reuse_prompt=True)
     assert rows == [1, 1]  # the prompt once, and what follows it
+    rows.clear()
+    answers = [[token, 3] for token in range(5, 17)]
+    long = encode_questions(model, None, [Question([5] * 50, answers[:6], answers[6:])])
+    found = answer_log_probs(model, None, long)
+    assert rows == [1, 12]  # 550 tokens are saved
+    torch.testing.assert_close(found, answer_log_probs(model, None, long, reuse_prompt=False), **CLOSE)
 
 
 @pytest.mark.parametrize(

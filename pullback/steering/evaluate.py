@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pullback.attribution.paths import require_count
-from pullback.core.errors import InputError, MethodError
+from pullback.core.errors import InputError, MethodError, ModelError
 
 from .baselines import fitted_baselines, instructed, random_directions
 from .blocks import find_blocks
 from .continuations import continuations, text_of
-from .flags import flags_of
-from .measures import AnswerMeasures, answer_measures, degeneration, neutral_text
-from .pairs import encode_pairs, prompt_digest
+from .flags import BASELINES, flags_of
+from .measures import AnswerMeasures, NeutralText, answer_measures, degeneration, neutral_text
+from .pairs import EncodedPair, encode_pairs, prompt_digest
 from .questions import EncodedQuestion, encode_questions, require_disjoint
 from .results import Evaluation, Flag, Generation, Row
 from .scoring import Setting, answer_log_probs, require_eval
-from .sweep import STRENGTHS, Sweep, sweep
+from .sweep import STRENGTHS, Sweep, require_budget, sweep
 from .vector import SteeringVector
 
 __all__ = ["evaluate"]
 
-_RESERVED = ("none", "prompt", "random", "random_tokens", "mean_diff", "mean_grad")
+_RESERVED = ("none", "random", *BASELINES)
 
 
 def evaluate(
@@ -64,7 +64,8 @@ def evaluate(
         questions: ``Question(prompt, true, false)`` or pairs; none may share its prompt with a fitted pair or with
             what a strength was chosen on.
         setting: strength, blocks and scope, or the sweep that chose them; None is ``Setting()``.
-        fit_pairs: what the vectors were fitted on, for "random_tokens", "mean_diff" and "mean_grad".
+        fit_pairs: what the vectors were fitted on, for "random_tokens", "mean_diff" and "mean_grad", which are applied
+            at the blocks of the first vector.
         neutral: texts that steering should leave alone, for perplexity and divergence.
         validation: questions on which a strength is chosen for each vector and each fitted baseline, reported in rows
             of the setting "validated"; needs ``neutral``.
@@ -77,7 +78,7 @@ def evaluate(
         blocks: dotted path of the list of blocks, where it is not found.
 
     Raises InputError for no questions, or ones that were fitted or chosen on; MethodError for parameters out of range;
-    ModelError for a model in train mode or of another vector.
+    ModelError for a model in train mode, of another vector, or whose own log-probabilities are not finite.
 
     Cost: the questions' answers once for each of 1 + vectors + 4 baselines + ``random_draws`` (per distinct choice of
     blocks), and neutral texts as often.
@@ -101,6 +102,7 @@ def evaluate(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise MethodError(f"{name}={value!r}; expected a whole number of at least {least}.")
     require_count("batch_size", batch_size)
+    require_budget(budget)
     if validation is not None and neutral is None:
         raise InputError("validation chooses strengths under a perplexity budget; give neutral=[texts] too.")
     named = _named(vectors)
@@ -110,91 +112,71 @@ def evaluate(
     chosen = {name: _at(vector, where) for name, vector in named.items()}
     for vector in chosen.values():
         vector.check(model, blocks=blocks)
-
-    compared: dict[str, tuple[SteeringVector, str]] = {}  # vectors by condition, with whose they are
-    for name, vector in chosen.items():
-        compared[name] = (vector, name)
-    first_name, first = next(iter(chosen.items()))
-    baselines: dict[str, SteeringVector] = {}
+    compared = dict(chosen)
     if fit_pairs is not None:
-        baselines = fitted_baselines(
+        first = next(iter(chosen.values()))
+        compared |= fitted_baselines(
             model, tokenizer, fit_pairs, first, batch_size=batch_size, blocks=blocks, seed=seed
         )
-        compared.update(
-            {name: (vector, first_name) for name, vector in baselines.items() if name not in compared}
-        )
     bands, draws = _bands(chosen, random_draws, seed)
-    plain = Setting(where.strength, None, where.scale, where.scope, where.preserve_norm)
+    plain = replace(where, layers=None)  # the vectors are at these blocks already
+    run: dict[str, Any] = {"batch_size": batch_size, "blocks": blocks}
 
     def measured(
-        vector: SteeringVector | None, at: Setting, asked: Sequence[EncodedQuestion]
+        vector: SteeringVector | None, at: Setting = plain, asked: Sequence[EncodedQuestion] = encoded
     ) -> AnswerMeasures:
-        log_probs = answer_log_probs(
-            model, tokenizer, asked, vector, at, batch_size=batch_size, blocks=blocks
-        )
-        return answer_measures(asked, log_probs)
+        return answer_measures(asked, answer_log_probs(model, tokenizer, asked, vector, at, **run))
 
-    base = measured(None, plain, encoded)
+    base = measured(None)
+    if not bool(np.isfinite(base.margin).all()):
+        wrong = int(np.flatnonzero(~np.isfinite(base.margin))[0])
+        raise ModelError(
+            f"without steering the answers of question {wrong} have log-probabilities that are not finite; check the "
+            "model's weights and dtype on it."
+        )
     values = {"none": _values(base, base)}
     rows = _summary("none", "same", values["none"], None, None, samples, seed)
-    for name, (vector, _) in compared.items():
-        values[name] = _values(measured(vector, plain, encoded), base)
+    for name, vector in compared.items():
+        values[name] = _values(measured(vector), base)
         rows += _summary(name, "same", values[name], where.strength, vector.layers, samples, seed)
     for name, each in draws.items():
-        every = [_values(measured(vector, plain, encoded), base) for vector in each]
+        every = [_values(measured(vector), base) for vector in each]
         rows += _band(name, every, where.strength, each[0].layers)
     asked = instructed(model, tokenizer, encoded, instruction, fit_pairs)
     if asked is not None:
         values["prompt"] = _values(measured(None, plain, asked), base)
         rows += _summary("prompt", "same", values["prompt"], None, None, samples, seed)
-    without = [name for name in ("prompt", "random_tokens", "mean_diff", "mean_grad") if name not in values]
+    without = [name for name in BASELINES if name not in values]
     rows += [Row(name, "same", "margin_shift", None, None, None, 0) for name in without]
     if not random_draws:
         without.append("random")
     if neutral is not None:
-        steerings = [(None, plain), *((vector, plain) for vector, _ in compared.values())]
-        steerings += [(vector, plain) for each in draws.values() for vector in each]
-        texts = neutral_text(model, tokenizer, neutral, steerings, batch_size=batch_size, blocks=blocks)
-        names = ["none", *compared, *(name for name, each in draws.items() for _ in each)]
-        rows += _neutral_rows(
-            names, texts, {name: v.layers for name, (v, _) in compared.items()}, draws, where.strength
-        )
+        every_one: dict[str, list[SteeringVector | None]] = {"none": [None]}
+        every_one |= {name: [vector] for name, vector in compared.items()}
+        every_one |= {name: [*each] for name, each in draws.items()}
+        steerings = [(vector, plain) for each in every_one.values() for vector in each]
+        texts = iter(neutral_text(model, tokenizer, neutral, steerings, **run))
+        for name, own in every_one.items():
+            rows += _neutral_rows(name, own, [next(texts) for _ in own], where.strength)
     shown: list[Generation] = []
     if generations:
-        more, shown = _continued(
-            model,
-            tokenizer,
-            encoded[:generations],
-            {"none": None, **chosen},
-            plain,
-            tokens,
-            batch_size,
-            blocks,
-        )
+        prompts = [question.prompt for question in encoded[:generations]]
+        more, shown = _continued(model, tokenizer, prompts, {"none": None, **chosen}, plain, tokens, run)
         rows += more
-    count = len(find_blocks(model, blocks))
     flags: list[Flag] = []
     for name, vector in chosen.items():
         band = bands.get(name, "random")
-        flags += flags_of(name, vector, rows, vector.layers, count, budget, without, band)
-    if validation is not None:
+        flags += flags_of(name, vector, rows, len(find_blocks(model, blocks)), budget, without, band)
+    for name, vector in compared.items() if validation is not None else ():
+        assert validation is not None
         assert neutral is not None
-        for name, (vector, _) in compared.items():
-            found = sweep(
-                model, tokenizer, vector, validation, neutral=neutral, strengths=strengths, layers=[vector.layers],
-                budget=budget, setting=plain, batch_size=batch_size, blocks=blocks,
-            )  # fmt: skip
-            best = _values(measured(_at(vector, found.best), found.best, encoded), base)
-            rows += _summary(name, "validated", best, found.best.strength, vector.layers, samples, seed)
-            rows += [
-                Row(name, "validated", measure, value, None, None, 1, found.best.strength, vector.layers)
-                for point in found.points
-                if point.strength == found.best.strength
-                for measure, value in (
-                    ("perplexity_ratio", point.perplexity_ratio),
-                    ("divergence", point.divergence),
-                )
-            ]
+        found = sweep(
+            model, tokenizer, vector, validation, neutral=neutral, strengths=strengths, layers=[vector.layers],
+            budget=budget, setting=plain, **run,
+        )  # fmt: skip
+        best = _values(measured(vector, replace(found.best, layers=None)), base)
+        rows += _summary(name, "validated", best, found.best.strength, vector.layers, samples, seed)
+        rows += _swept_rows(name, found, vector.layers, len(neutral))
     settings = {
         "setting": asdict(where), "questions": len(encoded), "random_draws": random_draws, "budget": budget,
         "samples": samples, "seed": seed, "vectors": {name: str(vector) for name, vector in chosen.items()},
@@ -202,7 +184,7 @@ def evaluate(
         "neutral": None if neutral is None else len(neutral),
         "validation": None if validation is None else len(validation),
     }  # fmt: skip
-    order = list(dict.fromkeys(["none", *chosen, "prompt", *draws, *_RESERVED[3:]]))
+    order = list(dict.fromkeys(["none", *chosen, "prompt", *draws, *BASELINES]))
     rows.sort(key=lambda row: (order.index(row.condition), row.setting))
     flags.sort(key=lambda flag: flag.severity != "failure")
     return Evaluation(tuple(rows), tuple(flags), values, tuple(shown), settings)
@@ -274,8 +256,8 @@ def _values(found: AnswerMeasures, base: AnswerMeasures) -> dict[str, NDArray[np
     return {
         "mc1": found.mc1, "mc2": found.mc2, "mc2_per_token": found.mc2_per_token, "log_prob": found.log_prob,
         "margin": found.margin, "log_prob_shift": found.log_prob - base.log_prob, "margin_shift": shift,
-        "win_rate": np.where(shift == 0, 0.5, (shift > 0).astype(np.float64)),
-        "anti_steerable": (shift < 0).astype(np.float64),
+        "win_rate": np.where(np.isnan(shift), np.nan, (1.0 + np.sign(shift)) / 2.0),
+        "anti_steerable": np.where(np.isnan(shift), np.nan, shift < 0),
     }  # fmt: skip
 
 
@@ -294,8 +276,10 @@ def _summary(
     rows = []
     for measure, each in values.items():
         found = bootstrap_interval(each, samples=samples, seed=seed)
-        low, high = (None if math.isnan(end) else end for end in (found.low, found.high))
-        rows.append(Row(condition, setting, measure, found.estimate, low, high, len(each), strength, layers))
+        estimate, low, high = (
+            None if math.isnan(number) else number for number in (found.estimate, found.low, found.high)
+        )
+        rows.append(Row(condition, setting, measure, estimate, low, high, found.count, strength, layers))
     return rows
 
 
@@ -321,41 +305,48 @@ def _band_row(
 
 
 def _neutral_rows(
-    names: Sequence[str],
-    texts: Sequence[Any],
-    layers: Mapping[str, tuple[int, ...]],
-    draws: Mapping[str, Sequence[SteeringVector]],
-    strength: float,
+    condition: str, vectors: Sequence[SteeringVector | None], texts: Sequence[NeutralText], strength: float
 ) -> list[Row]:
     rows = []
-    for name in dict.fromkeys(names):
-        own = [text for each, text in zip(names, texts, strict=True) if each == name]
-        for measure, field in (("perplexity_ratio", "ratio"), ("divergence", "divergence")):
-            found = [float(getattr(text, field)) for text in own]
-            if name in draws:
-                rows.append(_band_row(name, measure, found, strength, draws[name][0].layers))
-                continue
-            at = (None, None) if name == "none" else (strength, layers[name])
-            rows.append(Row(name, "same", measure, found[0], None, None, own[0].tokens, *at))
+    first = vectors[0]
+    for measure, name in (("perplexity_ratio", "ratio"), ("divergence", "divergence")):
+        found = [float(getattr(text, name)) for text in texts]
+        if first is None:
+            rows.append(Row(condition, "same", measure, found[0], None, None, texts[0].tokens))
+        elif len(found) > 1:
+            rows.append(_band_row(condition, measure, found, strength, first.layers))
+        else:
+            rows.append(
+                Row(condition, "same", measure, found[0], None, None, texts[0].tokens, strength, first.layers)
+            )
     return rows
+
+
+def _swept_rows(condition: str, found: Sweep, layers: tuple[int, ...], texts: int) -> list[Row]:
+    """What the sweep measured on neutral text at the strength that it chose."""
+    return [
+        Row(condition, "validated", measure, value, None, None, texts, point.strength, layers)
+        for point in found.points
+        if point.strength == found.best.strength
+        for measure, value in (
+            ("perplexity_ratio", point.perplexity_ratio),
+            ("divergence", point.divergence),
+        )
+    ]
 
 
 def _continued(
     model: nn.Module,
     tokenizer: Any,
-    questions: Sequence[EncodedQuestion],
+    prompts: Sequence[EncodedPair],
     vectors: Mapping[str, SteeringVector | None],
     setting: Setting,
     tokens: int,
-    batch_size: int,
-    blocks: str | None,
+    run: Mapping[str, Any],
 ) -> tuple[list[Row], list[Generation]]:
     rows, shown = [], []
-    prompts = [replace(question.prompt) for question in questions]
     for name, vector in vectors.items():
-        texts = continuations(
-            model, tokenizer, prompts, vector, setting, tokens=tokens, batch_size=batch_size, blocks=blocks
-        )
+        texts = continuations(model, tokenizer, prompts, vector, setting, tokens=tokens, **run)
         at = (None, None) if vector is None else (setting.strength, vector.layers)
         for measure, value in asdict(degeneration(texts)).items():
             rows.append(Row(name, "same", measure, value, None, None, len(texts), *at))

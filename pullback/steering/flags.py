@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .results import Flag, Row
 from .vector import SteeringVector
 
-__all__ = ["flags_of"]
+__all__ = ["BASELINES", "flags_of"]
 
 LARGEST_ANTI_STEERABLE = 0.25
 LARGEST_GAP = 0.1  # of completeness, as ``fit`` warns
@@ -22,8 +22,7 @@ def flags_of(
     name: str,
     vector: SteeringVector,
     rows: Sequence[Row],
-    layers: Sequence[int],
-    block_count: int | None,
+    block_count: int,
     budget: float,
     without: Sequence[str],
     random: str = "random",
@@ -32,7 +31,8 @@ def flags_of(
 
     Args:
         name: the vector's condition.
-        layers, block_count: where it is applied, and how many blocks the model has.
+        vector: as it is applied, so at the blocks where it is.
+        block_count: how many blocks the model has.
         budget: the largest perplexity ratio.
         without: baselines that could not be run.
         random: the condition of the random directions that belong to it.
@@ -44,13 +44,18 @@ def flags_of(
         return None if row is None else row.estimate
 
     found: list[Flag] = []
+    layers = vector.layers
 
     def say(failure: bool, flag: str, text: str) -> None:
         found.append(Flag(flag, name, "failure" if failure else "caution", text))
 
     shift = at[name, "margin_shift"]
-    gain = shift.estimate
-    assert gain is not None
+    gain, count = shift.estimate, at["none", "margin_shift"].count
+    if shift.count < count:
+        say(True, "not_finite", f"the answers of {count - shift.count} of {count} questions have log-probabilities "
+            "that are not finite under steering; the other rows leave these out. Lower the strength.")  # fmt: skip
+    if gain is None:
+        return found
     band = at.get((random, "margin_shift"))
     if band is not None and band.high is not None and gain <= band.high:
         say(True, "within_random_band", f"its margin shift {gain:.3g} is not above the 95 % band of random directions, "
@@ -104,7 +109,7 @@ def flags_of(
         )
     if without:
         say(False, "not_compared", f"there is nothing to compare with for {', '.join(without)}.")
-    if block_count is not None and list(layers) == [block_count - 1]:
+    if list(layers) == [block_count - 1]:
         say(
             False,
             "last_block",

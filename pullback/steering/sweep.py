@@ -18,7 +18,7 @@ from .questions import encode_questions, require_disjoint
 from .scoring import Setting, answer_log_probs, require_eval
 from .vector import SteeringVector
 
-__all__ = ["STRENGTHS", "Sweep", "SweepPoint", "sweep"]
+__all__ = ["STRENGTHS", "Sweep", "SweepPoint", "require_budget", "sweep"]
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)
 _MEASURES = ("margin_shift", "mc1", "mc2")
@@ -113,8 +113,7 @@ def sweep(
         raise MethodError(f"measure={measure!r}; expected one of {', '.join(map(repr, _MEASURES))}.")
     if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not len(strengths):
         raise MethodError(f"strengths={strengths!r}; expected a list of numbers such as [0.1, 0.2, 0.4].")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-        raise MethodError(f"budget={budget!r}; expected a ratio of perplexities such as 1.05.")
+    require_budget(budget)
     if neutral is None:
         raise InputError("neutral is None; expected texts on which the perplexity budget is measured.")
     plain = replace(setting or Setting(), layers=None, strength=0.0)
@@ -150,7 +149,7 @@ def sweep(
                 float(shift.mean()),
                 float(found.mc1.mean()),
                 float(found.mc2.mean()),
-                float(np.mean(shift < 0)),
+                float(np.where(np.isnan(shift), np.nan, shift < 0).mean()),
                 text.ratio,
                 text.divergence,
                 text.ratio <= budget,
@@ -162,6 +161,12 @@ def sweep(
         top = max(allowed, key=lambda p: (getattr(p, measure), p.margin_shift, -abs(p.strength)))
         best = replace(plain, strength=top.strength, layers=top.layers)
     return Sweep(tuple(points), best, measure, float(budget), tuple(q.digest for q in encoded))
+
+
+def require_budget(budget: Any) -> None:
+    """Raise MethodError for what is no ratio of perplexities."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise MethodError(f"budget={budget!r}; expected a ratio of perplexities such as 1.05.")
 
 
 def _chosen(choice: Any, vector: SteeringVector, count: int) -> tuple[int, ...]:

@@ -231,6 +231,33 @@ def test_repetition_is_flagged() -> None:
     assert "degenerate" in names(found, "vector")
 
 
+def test_what_is_not_finite_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that overflows where it is steered, at the questions that hold token 20."""
+    model, asked = llama(), [([1, 5], GOOD, BAD), ([1, 20], GOOD, BAD), ([1, 6], GOOD, BAD)]
+    forward, steering = model.forward, {"on": False}
+
+    def overflowing(input_ids: torch.Tensor, attention_mask: Any = None, **rest: Any) -> Any:
+        out = forward(input_ids=input_ids, attention_mask=attention_mask, **rest)
+        if steering["on"]:
+            out.logits = out.logits.masked_fill((input_ids == 20).any(1)[:, None, None], torch.nan)
+        return out
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    vector = towards(model)
+    apply = SteeringVector.apply
+    monkeypatch.setattr(SteeringVector, "apply", lambda *a, **k: steering.update(on=True) or apply(*a, **k))
+    with pytest.raises(ModelError, match="answers of question 1 have log-probabilities that are not finite"):
+        steering["on"] = True
+        evaluate(model, None, vector, asked, random_draws=0)
+    steering["on"] = False
+    found = evaluate(model, None, vector, asked, neutral=[[1, 20, 5], [1, 6, 7]], random_draws=0, samples=10)
+    assert names(found, "given") >= {"not_finite", "perplexity"}
+    assert found.row("given", "margin_shift").count == 2
+    assert found.row("given", "mc1").count == 2
+    assert np.isnan(found.questions["given"]["anti_steerable"]).tolist() == [False, True, False]
+    assert found.value("given", "perplexity_ratio") == float("inf")
+
+
 def test_batch_mates_change_nothing_and_the_model_is_as_before() -> None:
     model = llama()
     vector, run = (
@@ -307,6 +334,7 @@ def fitted(model: Any) -> SteeringVector:
         ({"neutral": []}, "neutral is []"),
         ({"random_draws": -1}, "random_draws=-1; expected a whole number"),
         ({"samples": 0}, "samples=0"),
+        ({"budget": float("nan")}, "budget=nan; expected a ratio"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Memory is the most bytes alive at once beyond what was there before, as ``core.resources.PeakMeter`` counts them.
 
-    python -m benchmarks.rules [--quick]
+    python -m benchmarks.rules [--quick] [--threads 2]
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ def main() -> None:
     """Run on a wide and a toy model of each kind."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="toy models and few pairs")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     pairs = 3 if arguments.quick else 20
     sizes = [(64, 2, (1, 16))] if arguments.quick else [(512, 6, (4, 64)), (64, 4, (1, 16))]

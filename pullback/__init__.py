@@ -85,6 +85,8 @@ from .core.targets import (
     Similarity,
     TokenAt,
 )
+from .dataset_attribution import explain_dataset
+from .dataset_result import DatasetAttribution
 from .result import Attribution, load
 from .version import __version__
 
@@ -115,6 +117,7 @@ __all__ = [
     "Contrast",
     "CoverageError",
     "Dataset",
+    "DatasetAttribution",
     "Detection",
     "Domain",
     "EdgeDetector",
@@ -170,6 +173,7 @@ __all__ = [
     "checkpointed",
     "compare",
     "explain",
+    "explain_dataset",
     "explain_generation",
     "explain_targets",
     "load",

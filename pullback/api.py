@@ -295,6 +295,7 @@ def with_appended(inputs: Any, ids: Sequence[int]) -> tuple[Any, int]:
 def as_method(method: Any, *, baseline: Any = None, seed: int | None = None, lenient: bool = False) -> Any:
     """A method object from an object, a text or "auto", with baseline and seed put in. Raises MethodError."""
     if isinstance(method, str):
+        # measured against the others in docs/which-method.md
         method = IntegratedGradients(tol=0.05) if method.strip().lower() == "auto" else parse_method(method)
     if isinstance(method, type) or not callable(method):
         raise MethodError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from pullback.core.errors import FormatError, InputError
 
-__all__ = ["Records", "as_json", "canonical", "locked", "write_bytes", "write_json"]
+__all__ = ["Records", "as_json", "canonical", "locked", "read_json", "write_bytes", "write_json"]
 
 
 class Records:
@@ -98,6 +98,11 @@ def locked(path: Path) -> Any:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one document and replace ``path`` at once."""
     write_bytes(path, (_text(as_json(value), indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote. Raises ``OSError`` or ``ValueError`` for another file."""
+    return json.loads(path.read_bytes(), object_hook=_with_odd_floats)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

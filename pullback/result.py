@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-__all__ = ["SCHEMA_VERSION", "Attribution", "load"]
+__all__ = ["SCHEMA_VERSION", "Attribution", "chosen_rows", "load"]
 
 SCHEMA_VERSION = 1
 _FORMAT = "pullback.Attribution"
@@ -79,7 +79,7 @@ class Attribution:
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Attribution:
         """The examples at ``index`` (int, slice, bool or long tensor), everything per-example cut along."""
-        rows = _rows(index, len(self))
+        rows = chosen_rows(index, len(self))
         chosen = rows.tolist()
         target = self.target
         meta = dict(self.meta)
@@ -297,7 +297,8 @@ def _map(leaves: Leaves, change: Callable[[Tensor], Tensor]) -> Leaves:
     )
 
 
-def _rows(index: int | slice | list[int] | Tensor, count: int) -> Tensor:
+def chosen_rows(index: int | slice | list[int] | Tensor, count: int) -> Tensor:
+    """The rows (n,) of ``count`` that an index means, which is an int, a slice, a list, or a bool or long tensor."""
     if isinstance(index, int) and not isinstance(index, bool):
         if not -count <= index < count:
             raise IndexError(f"example {index} of {count}")

@@ -32,7 +32,10 @@ def write(path: str | os.PathLike[str], kind: str, schema: int, fields: Mapping[
     final = Path(path)
     temporary = final.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
         temporary.replace(final)
     finally:
         temporary.unlink(missing_ok=True)

@@ -83,42 +83,30 @@ def fitted(model: nn.Module, asked: Questions, settings: Mapping[str, Any]) -> S
 
 
 def evidence(vector: SteeringVector, documents: Mapping[str, PatchDocuments]) -> dict[str, dict[str, float]]:
-    """By side asked about: of the three tokens of either sign with the largest scores, how many are patches, and how
-    many are cues of the side asked about that speak for that sign; and the same of patches and words chosen apart.
-
-    Each modality has its own three, so that the three largest of these are the three largest of all.
-    """
+    """By side asked about: how many of the cues were found among the three chosen of either sign and modality (of more
+    than three, three can be), and how much of the chosen tokens' scores, in absolute value, is on patches."""
     chosen = iter(vector.provenance["chosen"])
     found = {}
     for name, each in documents.items():
-        patches, right, apart = [], [], {"patches": [], "words": []}
+        shares, on_patches = {"patches": [], "words": []}, []
         for row in range(len(each.x)):
             pair = next(chosen)
+            entries = [entry for side in ("positive", "negative") for entry in pair[side]]
+            total = sum(abs(score) for _, score, _ in entries)
+            on_patches.append(sum(abs(score) for _, score, kind in entries if kind == "image") / total)
             for sign, side in ((1, "positive"), (-1, "negative")):
-                ranked = sorted(pair[side], key=lambda entry: -abs(entry[1]))
-                for place, _, kind in ranked[:3]:
-                    patches.append(float(kind == "image"))
-                    asked = (kind == "image") == (name == "image")
-                    right.append(float(asked and int(each.cues[row, place]) == sign))
-                for place, _, kind in ranked:
-                    group = apart["patches" if kind == "image" else "words"]
-                    group.append(float(int(each.cues[row, place]) == sign))
+                for kind, group in (("image", "patches"), ("text", "words")):
+                    places = range(1, 17) if kind == "image" else range(17, each.prompts.shape[1])
+                    planted = {place for place in places if int(each.cues[row, place]) == sign}
+                    got = {place for place, _, of in pair[side] if of == kind}
+                    if planted:
+                        shares[group].append(len(planted & got) / min(3, len(planted)))
         found[name] = {
-            "patches among the largest": mean(patches),
-            "right among the largest": mean(right),
-            "right patches": mean(apart["patches"] or [0.0]),
-            "right words": mean(apart["words"] or [0.0]),
+            "cue patches found": mean(shares["patches"]),
+            "cue words found": mean(shares["words"]),
+            "score on patches": mean(on_patches),
         }
     return found
-
-
-def chance(documents: Mapping[str, PatchDocuments]) -> dict[str, float]:
-    """The share of patches, and of words, that speak for one register."""
-    cues = torch.cat([each.cues[:, 1 : each.prompts.shape[1] - 2] for each in documents.values()])
-    return {
-        "patches": float((cues[:, :16] != 0).double().mean()) / 2,
-        "words": float((cues[:, 16:] != 0).double().mean()) / 2,
-    }
 
 
 def measured(seed: int, settings: Mapping[str, int], checkpoint: Path) -> dict[str, Any]:
@@ -151,7 +139,6 @@ def measured(seed: int, settings: Mapping[str, int], checkpoint: Path) -> dict[s
             for name, given in DRAWN.items()
         },
         "evidence": {name: evidence(vectors[name], pairs) for name in ("grains", "grains, RelP")},
-        "chance": chance(pairs),
         "gap": vectors["grains"].provenance["completeness"]["relative_gap"],
         "vision once": vectors["grains"].provenance["vision_once"],
         "agreement": {
@@ -218,16 +205,15 @@ def picture(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
+    bars = (("cue patches found", "C0"), ("cue words found", "C1"), ("score on patches", "C3"))
     for place, source in enumerate(SOURCES):
-        for shift, (name, colour) in enumerate(
-            (("patches among the largest", "C0"), ("right among the largest", "C3"))
-        ):
+        for shift, (name, colour) in enumerate(bars):
             values = [entry["evidence"]["grains"][source][name] for entry in entries]
-            x = place + 0.24 * (shift - 0.5)
+            x = place + 0.26 * (shift - 1)
             left.bar(x, mean(values), 0.22, color=colour, alpha=0.35, label=name if place == 0 else None)
             left.plot([x] * len(values), values, "o", color=colour, markersize=3)
     left.set_xticks(range(2), [f"asked about the {source}" for source in SOURCES], fontsize=8)
-    left.set(ylim=(0, 1.25), ylabel="share of the three largest scores of either sign")
+    left.set(ylim=(0, 1.25), ylabel="share")
     left.legend(frameon=False, fontsize=7, loc="upper right")
     names = [name for name in NAMES if not name.endswith("percentile")]
     for place, name in enumerate(reversed(names)):
@@ -258,8 +244,6 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> list[str]:
                 what: interval([entry["evidence"][name][source][what] for entry in entries]) for what in each
             }
             lines.append(f"   {name}: " + ", ".join(f"{what} {share}" for what, share in shares.items()))
-    by_chance = {what: mean(entry["chance"][what] for entry in entries) for what in ("patches", "words")}
-    lines.append("right by chance: " + ", ".join(f"{what} {share:.3f}" for what, share in by_chance.items()))
     lines.append(f"completeness gap {interval([entry['gap'] for entry in entries])}")
     lines.append(f"vision tower once in {sum(entry['vision once'] for entry in entries)} of {len(entries)}")
     for name in entries[0]["agreement"]:
@@ -293,10 +277,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # matrices this small gain nothing from more
-    settings = {"steps": 400, "pairs": 48, "prompts": 150, "draws": 20, "token draws": 3}
+    settings = {"steps": 1500, "pairs": 48, "prompts": 150, "draws": 20, "token draws": 3}
     seeds = range(5)
     if arguments.quick:
-        settings = {"steps": 10, "pairs": 4, "prompts": 8, "draws": 1, "token draws": 1}
+        settings = {"steps": 30, "pairs": 4, "prompts": 8, "draws": 1, "token draws": 1}
         seeds = range(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out / "results.jsonl"

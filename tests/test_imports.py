@@ -27,8 +27,8 @@ HEAVY = (
 
 # from the top down; the same number may import one another
 LEVELS = {
-    "cli": 0, "__main__": 0, "commands": 0, "demo": 0, "demo_report": 0, "doctor": 0, "": 1, "api": 2, 
-    "steering": 3, "evaluation": 3, "testing": 3, "attribution": 4, "labels": 5, "pipelines": 5, "result": 5, "inspection": 5,
+    "cli": 0, "__main__": 0, "commands": 0, "demo": 0, "demo_report": 0, "doctor": 0, "": 1, "dataset_attribution": 2, "api": 2,
+    "steering": 3, "evaluation": 3, "testing": 3, "attribution": 4, "labels": 5, "pipelines": 5, "result": 5, "dataset_result": 5, "inspection": 5,
     "storage": 6, "records": 6, "fingerprints": 6, "workers": 6, "process_workers": 6, "ray_workers": 6, "version": 6, "core": 7,
 }  # fmt: skip
 LEAVES = ("viz", "datasets")

@@ -12,9 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # module -> what its quick run leaves in the folder given by --out
 STUDIES = {
+    "input_gradients": (
+        "results.jsonl",
+        "diffroar.csv",
+        "leakage.csv",
+        "theory.csv",
+        "diffroar.png",
+        "leakage.png",
+        "maps.png",
+    ),
     "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
     "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),
+    "steering_images": ("results.jsonl", "table.csv", "steering_images.png"),
+    "steering_register": ("results.jsonl", "table.csv", "steering_register.png"),
+    "which_method": ("table.csv", "tables.md", "ranks.png", "which-method.md"),
 }
+# where a study keeps its records, if not in the one .jsonl of the folder
+RECORDS = {"which_method": "blocks/maps/results.jsonl"}
 
 
 def run(study: str, out: Path) -> str:
@@ -35,7 +49,7 @@ def test_study_runs_and_resumes(study: str, tmp_path: Path) -> None:
     assert len(printed.splitlines()) > 3
     for name in STUDIES[study]:
         assert (tmp_path / name).stat().st_size > 0, name
-    (records,) = tmp_path.glob("*.jsonl")
+    (records,) = tmp_path.glob(RECORDS.get(study, "*.jsonl"))
     lines = records.read_text().splitlines()
     records.write_text("\n".join(lines)[:-40])
     table = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}

@@ -110,6 +110,7 @@ class FullGrad:
         if free is not None:
             # padding never moves, so it is no place
             total = total * free.to(total.device)
+        total = total.to(point.dtype)
         return total if channel is None else total.unsqueeze(channel)
 
     def _once(self, problem: Problem, size: tuple[int, ...], channel: int | None) -> Tensor:

@@ -76,7 +76,7 @@ def fullgrad_terms(
     Source: Srinivas and Fleuret 2019, prop. 1, carried from ReLU networks to any operation.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 1))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.GELU(), torch.nn.Linear(3, 1))
         >>> found = fullgrad_terms(net, torch.ones(1, 2), target=0)
         >>> [name for name, _ in found.terms], bool(found.residual.abs().max() < 1e-6)
         (['0:linear', '1:gelu', '2:linear'], True)

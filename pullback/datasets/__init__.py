@@ -3,6 +3,7 @@
 # Imported here and not on first use, because functions and files share names: importing the file
 # pullback.datasets.mnist first would otherwise leave the module where the function is expected.
 from pullback.datasets.block_mnist import BlockMNIST, block_mnist
+from pullback.datasets.cifar import Photographs, cifar10
 from pullback.datasets.coloured_patches import PatchDocuments, coloured_patches
 from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
@@ -22,6 +23,7 @@ __all__ = [
     "BlockMNIST",
     "Digits",
     "PatchDocuments",
+    "Photographs",
     "QuestionSplit",
     "Registers",
     "Signals",
@@ -29,6 +31,7 @@ __all__ = [
     "Windows",
     "block_mnist",
     "block_signal",
+    "cifar10",
     "coloured_patches",
     "cut_windows",
     "ecg5000",

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
         sufficiency,
     )
     from pullback.evaluation.faithfulness import curve_intervals, deletion, insertion
+    from pullback.evaluation.grid_sweep import RetrainingPlan
     from pullback.evaluation.imputation import NoisyLinear
     from pullback.evaluation.localization import leakage, pointing_game, relevance_mass, relevance_rank
+    from pullback.evaluation.measurements import Measurement, Measurements, Score
     from pullback.evaluation.perturbations import GaussianNoise, NoisyBaseline, SquareRemoval
     from pullback.evaluation.randomization import parameter_randomization, random_logit
+    from pullback.evaluation.ranks import Standing, standings
     from pullback.evaluation.results import MetricResult
     from pullback.evaluation.retraining import Trained, TrainSpec, multilayer_perceptron, train
     from pullback.evaluation.retraining_results import RetrainingResult, RetrainingRun, RetrainingScore
@@ -47,16 +50,21 @@ __all__ = [
     "Examples",
     "GaussianNoise",
     "Interval",
+    "Measurement",
+    "Measurements",
     "Member",
     "MetricResult",
     "NoisyBaseline",
     "NoisyLinear",
     "PairedDifference",
     "PatchingReport",
+    "RetrainingPlan",
     "RetrainingResult",
     "RetrainingRun",
     "RetrainingScore",
+    "Score",
     "SquareRemoval",
+    "Standing",
     "Sweep",
     "SweepPlan",
     "Task",
@@ -86,6 +94,7 @@ __all__ = [
     "relevance_mass",
     "relevance_rank",
     "sensitivity_max",
+    "standings",
     "student_interval",
     "sufficiency",
     "train",
@@ -99,9 +108,15 @@ _FILES = {
     "Ensemble": "ensembles",
     "Member": "ensembles",
     "train_ensemble": "ensembles",
+    "RetrainingPlan": "grid_sweep",
     "RetrainingResult": "retraining_results",
     "RetrainingRun": "retraining_results",
     "RetrainingScore": "retraining_results",
+    "Measurement": "measurements",
+    "Measurements": "measurements",
+    "Score": "measurements",
+    "Standing": "ranks",
+    "standings": "ranks",
     "Sweep": "sweep",
     "SweepPlan": "sweep",
     "Task": "sweep",

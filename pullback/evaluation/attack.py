@@ -56,18 +56,39 @@ class PGD:
         Starts at ``x``, or, given a ``generator``, at a random point of the ball; several generators each draw for
         an equal part of the batch. The model stays in its mode and its parameters get no gradient.
         """
-        step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
-        delta = torch.zeros_like(x)
-        if generator is not None:
-            delta = _clamp(x + self._start(x, generator), bounds) - x
-        for _ in range(self.steps):
-            point = (x + delta).detach().requires_grad_()
+
+        def gradient(point: Tensor) -> Tensor:
+            point = point.detach().requires_grad_()
             with torch.enable_grad():
                 loss = F.cross_entropy(model(point), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, point)
-            delta = delta + step * (_unit(gradient) if self.norm == "l2" else gradient.sign())
-            delta = _clamp(x + self._project(delta), bounds) - x
-        return (x + delta).detach()
+            return torch.autograd.grad(loss, point)[0]
+
+        return self.ascend(gradient, x, bounds, generator)
+
+    def ascend(
+        self,
+        gradient: Callable[[Tensor], Tensor],
+        x: Tensor,
+        bounds: Bounds = (0.0, 1.0),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """``perturb`` for a loss whose gradient at a batch of points is known."""
+        step = 2.5 * self.radius / self.steps if self.step_size is None else self.step_size
+        x = x.detach().contiguous()
+        delta = torch.zeros_like(x) if generator is None else self._start(x, generator)
+        point = _move(x, delta, bounds, torch.empty_like(x))
+        for _ in range(self.steps):
+            found = gradient(point).flatten(1)
+            # in place: with many members these passes over memory take longer than the gradient
+            if self.norm == "l2":
+                delta.flatten(1).addcmul_(found, step / found.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+                length = delta.flatten(1).norm(dim=1, keepdim=True)
+                delta.flatten(1).mul_((self.radius / length.clamp_min_(1e-12)).clamp_max_(1.0))
+            else:
+                delta.flatten(1).add_(found.sign(), alpha=step)
+                delta.clamp_(-self.radius, self.radius)
+            point = _move(x, delta, bounds, point)
+        return point
 
     def _start(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
         if not isinstance(generator, torch.Generator):
@@ -78,15 +99,14 @@ class PGD:
         direction = _unit(torch.randn(x.shape, generator=generator).to(x))
         return direction * _per_row(torch.rand(len(x), generator=generator).to(x), x) * self.radius
 
-    def _project(self, delta: Tensor) -> Tensor:
-        if self.norm == "linf":
-            return delta.clamp(-self.radius, self.radius)
-        length = delta.flatten(1).norm(dim=1)
-        return delta * _per_row((self.radius / length.clamp_min(1e-12)).clamp_max(1.0), delta)
 
-
-def _clamp(x: Tensor, bounds: Bounds) -> Tensor:
-    return x if bounds is None else x.clamp(*bounds)
+def _move(x: Tensor, delta: Tensor, bounds: Bounds, out: Tensor) -> Tensor:
+    """x + delta within the bounds, into ``out``; delta becomes what is left of it."""
+    torch.add(x, delta, out=out)
+    if bounds is not None:
+        out.clamp_(*bounds)
+        torch.sub(out, x, out=delta)
+    return out
 
 
 def _per_row(scale: Tensor, x: Tensor) -> Tensor:

@@ -8,17 +8,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pullback.attribution.spelling import parse_method
 from pullback.core import noise
 from pullback.core.errors import InputError, MethodError
 from pullback.core.pose import pose
 from pullback.evaluation.ranking import Granularity, Ranking, ranked_parts, relevance_at
 from pullback.evaluation.retraining import seeded
+from pullback.evaluation.task_cache import cached
+from pullback.fingerprints import fingerprint, model_fingerprint
 
 __all__ = ["CONTROLS", "Data", "Source", "attributed", "checked", "control_source", "mean_fill", "orders"]
 
 Data: TypeAlias = "tuple[Tensor, Tensor]"
-# A function (x, target) -> attribution, or the attributions of the training and of the test data.
-Source: TypeAlias = "Callable[[Tensor, Tensor], Any] | tuple[Any, Any]"
+# A method's text, a function (x, target) -> attribution, or the attributions of the training and of the test data.
+Source: TypeAlias = "str | Callable[[Tensor, Tensor], Any] | tuple[Any, Any]"
 
 CONTROLS = ("random", "untrained", "input")
 _BATCH = 256
@@ -29,6 +32,9 @@ def attributed(
 ) -> list[Any]:
     """The attributions of each data set: as given, or by the function, of the class that ``model`` predicts.
 
+    Those of a method's text are kept by the running sweep (``cached``); a function is called anew, since nobody can
+    tell whether it is still the same.
+
     Raises ``InputError`` for a function without a model to say which class it explains.
     """
     if isinstance(source, tuple):
@@ -37,11 +43,18 @@ def attributed(
                 f"{len(source)} attributions were given for {name!r}. Expected (training, test) or a function."
             )
         return list(source)
-    if not callable(source):
+    if not callable(source) and not isinstance(source, str):
         raise InputError(
-            f"A {type(source).__name__} was given for {name!r}. Expected a function (x, target) -> attribution, or a "
-            "tuple (training, test) of tensors."
+            f"A {type(source).__name__} was given for {name!r}. Expected a method's text such as "
+            '"integrated_gradients", a function (x, target) -> attribution, or a tuple (training, test) of tensors.'
         )
+    if isinstance(source, str):
+        if model is None:
+            raise InputError(
+                f"The method {source!r} was given without a model. Expected model=, which it explains."
+            )
+        method = parse_method(source)
+        return [_explained(method, model, x, y if true_labels else None) for x, y in data]
     if model is None and not true_labels:
         raise InputError(
             f"The function {name!r} was given without a model. Expected model=, whose predicted class is explained, or "
@@ -59,6 +72,25 @@ def attributed(
             parts.append(part.detach())
         found.append(torch.cat(parts))
     return found
+
+
+def _explained(method: Any, model: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+    def compute() -> dict[str, Tensor]:
+        parts = []
+        for rows in torch.arange(len(x), device=x.device).split(_BATCH):
+            values = method(pose(model, x[rows], target=None if y is None else y[rows]))
+            if not isinstance(values, Tensor):
+                raise InputError(f"{method!r} gave a {type(values).__name__}. Expected a tensor (n, ...).")
+            parts.append(values.detach().cpu())
+        return {"values": torch.cat(parts)}
+
+    content = {
+        "method": repr(method),
+        "model": model_fingerprint(model),
+        "x": fingerprint(x),
+        "target": None if y is None else fingerprint(y),
+    }
+    return cached(content, compute)["values"].to(x.device)
 
 
 def orders(attribution: Any, x: Tensor, granularity: Granularity, ranking: Ranking, seed: int) -> Tensor:

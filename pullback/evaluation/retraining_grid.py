@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from pullback.core import noise
 from pullback.core.errors import InputError, MethodError
-from pullback.evaluation.ensembles import Member, Vectorize, each_trained
+from pullback.evaluation.ensembles import Member, Vectorize
+from pullback.evaluation.grid_sweep import GridTraining, RetrainingPlan, Running
 from pullback.evaluation.orders import (
     CONTROLS,
     Data,
@@ -27,9 +30,10 @@ from pullback.evaluation.orders import (
 from pullback.evaluation.ranking import Granularity, Ranking
 from pullback.evaluation.retraining import Trained, TrainSpec
 from pullback.evaluation.retraining_results import RetrainingResult, RetrainingRun
+from pullback.evaluation.task_cache import keeping
 from pullback.evaluation.views import Examples, Side, View
 
-__all__ = ["RetrainingSettings", "Sources", "measured", "require_valid"]
+__all__ = ["RetrainingSettings", "Sources", "measured", "plan", "require_valid"]
 
 Sources = Mapping[str, "Source | list[Source]"]
 
@@ -68,7 +72,7 @@ class _Order:
     method: str
     control: bool
     base: int
-    source: Source
+    source: Callable[[], Source]
     seeds: tuple[int, ...]
 
     @property
@@ -86,7 +90,7 @@ def measured(
     architecture: Callable[[], nn.Module],
     model: nn.Module | None,
     controls: Sources | None,
-    progress: Callable[[int, int], None] | None,
+    running: Running,
 ) -> RetrainingResult:
     """Rank every attribution, retrain every arm, and tabulate."""
     checked({"training": train, "test": test})
@@ -100,16 +104,78 @@ def measured(
         )
     compared = _compared(settings, attributions, controls or {}, architecture, data)
     ranks: list[dict[str, Tensor]] = [{}, {}]
-    for order in compared:
-        for place, values in enumerate(attributed(order.source, model, data, true_labels, order.method)):
-            ranks[place][order.key] = orders(
-                values, data[place][0], settings.granularity, settings.ranking, settings.training.seed
-            )
-    parts = next(iter(ranks[0].values())).shape[1]
+    with keeping(None if running.out is None else Path(running.out)):
+        for order in compared:
+            for place, values in enumerate(
+                attributed(order.source(), model, data, true_labels, order.method)
+            ):
+                ranks[place][order.key] = orders(
+                    values, data[place][0], settings.granularity, settings.ranking, settings.training.seed
+                )
+    training = _training(settings, architecture, train, test, ranks)
+    planned = _planned(settings, metric, views, compared, next(iter(ranks[0].values())).shape[1])
+    # arms that see the same, as at level 1, are one run
+    found = training.trained(list(dict.fromkeys(member for *_, member in planned)), running)
+    runs = [
+        _row(order, level, side, member, metric, *found[member], settings.training.seed)
+        for order, level, side, member in planned
+    ]
+    return RetrainingResult(
+        metric,
+        tuple(runs),
+        torch.stack([found[member][1] for *_, member in planned]),
+        asdict(settings),  # type: ignore[call-overload]
+    )
+
+
+def plan(
+    settings: RetrainingSettings,
+    metric: Literal["diffroar", "roar"],
+    views: Sequence[tuple[float, Side]],
+    train: Data,
+    test: Data,
+    attributions: Sources,
+    architecture: Callable[[], nn.Module],
+    controls: Sources | None,
+    running: Running,
+) -> RetrainingPlan:
+    """What ``measured`` would train, and how long that takes; orders are random, since no attribution is made yet."""
+    checked({"training": train, "test": test})
+    compared = _compared(settings, attributions, controls or {}, architecture, (train, test))
+    x = train[0]
+    together = settings.granularity == "pixel" and x.ndim > 2
+    parts = x[0, 0].numel() if together else x[0].numel()
+    generator = noise.generator(settings.training.seed, 0, "plan")
+    # one order stands for all: what a mask shows changes no time
+    order = torch.randperm(parts, generator=generator).to(x.device)
+    ranks = [{each.key: order.expand(len(part), parts) for each in compared} for part, _ in (train, test)]
+    training = _training(settings, architecture, train, test, ranks)
+    members = [member for *_, member in _planned(settings, metric, views, compared, parts)]
+    return training.plan(list(dict.fromkeys(members)), running)
+
+
+def _training(
+    settings: RetrainingSettings,
+    architecture: Callable[[], nn.Module],
+    train: Data,
+    test: Data,
+    ranks: Sequence[dict[str, Tensor]],
+) -> GridTraining:
     fill = mean_fill(train[0], settings.mask)
     fitted, held_out = _split(Examples(*train, ranks[0], fill), settings)
     tested = Examples(*test, ranks[1], fill)
+    return GridTraining(
+        architecture, fitted, held_out, tested, settings.training, settings.vectorize, settings.chunk
+    )
 
+
+def _planned(
+    settings: RetrainingSettings,
+    metric: str,
+    views: Sequence[tuple[float, Side]],
+    compared: Sequence[_Order],
+    parts: int,
+) -> list[tuple[_Order | None, float, Side, Member]]:
     planned: list[tuple[_Order | None, float, Side, Member]] = []
     for order in compared:
         for level, side in views:
@@ -122,30 +188,7 @@ def measured(
     if metric == "roar":
         whole = [Member(settings.training.seed + seed) for seed in range(settings.seeds)]
         planned += [(None, 0.0, "bottom", member) for member in whole]
-    # arms that see the same, as at level 1, are one run
-    members = list(dict.fromkeys(member for *_, member in planned))
-    found: dict[Member, tuple[Trained, Tensor]] = {}
-    finished = each_trained(
-        architecture, fitted, members, settings.training, validation=held_out, test=tested,
-        vectorize=settings.vectorize, chunk=settings.chunk,
-    )  # fmt: skip
-    for run in finished:
-        assert run.predicted is not None
-        # the grid may hold hundreds of models: none is kept
-        trained = replace(run.trained, model=nn.Identity())
-        found[members[run.number]] = trained, (run.predicted == tested.y).cpu()
-        if progress is not None:
-            progress(len(found), len(members))
-    runs = [
-        _row(order, level, side, member, metric, *found[member], settings.training.seed)
-        for order, level, side, member in planned
-    ]
-    return RetrainingResult(
-        metric,
-        tuple(runs),
-        torch.stack([found[member][1] for *_, member in planned]),
-        asdict(settings),  # type: ignore[call-overload]
-    )
+    return planned
 
 
 def _compared(
@@ -166,14 +209,21 @@ def _compared(
     for control, sources in ((False, attributions), (True, controls)):
         for name, given in sources.items():
             each = list(given) if isinstance(given, list) else [given]
-            compared += [_Order(name, control, base, source, seeds) for base, source in enumerate(each)]
+            compared += [
+                _Order(name, control, base, partial(_given, source), seeds)
+                for base, source in enumerate(each)
+            ]
     for name in settings.controls:
         # where the control is random, it is drawn anew for every retraining: that is part of its spread
         drawn = seeds if name in ("random", "untrained") else (0,)
         for base in drawn:
-            source = control_source(name, architecture, data, settings.training.seed + base)
+            source = partial(control_source, name, architecture, data, settings.training.seed + base)
             compared.append(_Order(name, True, base, source, (base,) if len(drawn) > 1 else seeds))
     return compared
+
+
+def _given(source: Source) -> Source:
+    return source
 
 
 def _view(key: str, kept: int, parts: int, side: Side) -> View:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pullback.core.errors import InputError
+from pullback.evaluation.measurements import Measurement, Measurements
 from pullback.evaluation.statistics import (
     Interval,
     PairedDifference,
@@ -21,6 +22,11 @@ from pullback.evaluation.statistics import (
     paired_difference,
     student_interval,
 )
+from pullback.records import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 __all__ = ["RetrainingResult", "RetrainingRun", "RetrainingScore"]
 
@@ -167,6 +173,62 @@ class RetrainingResult:
             name = f"{method} (control)" if own[0].control else method
             lines.append(f"| {name} | {' | '.join(cells)} | {sum(score.flagged for score in own)} |")
         return "\n".join(lines)
+
+    def to_measurements(self, data: str, model: str) -> Measurements:
+        """The scores as rows of a suite's table: metric "diffroar@0.1", per retraining seed and test example.
+
+        A method with several base models has its seeds counted on through all of them.
+        """
+        rows = []
+        for method in self.methods:
+            own = [run for run in self.runs if run.method == method]
+            for level in self.levels:
+                flagged = any(not run.converged for run in own if math.isclose(run.level, level))
+                rows += [
+                    Measurement(
+                        data, model, method, own[0].control, f"{self.metric}@{level:g}", "higher", number,
+                        tuple(difference.tolist()),
+                        flag="some of its retrainings had not converged" * flagged,
+                    )
+                    for number, difference in enumerate(self.differences(method, level))
+                ]  # fmt: skip
+        return Measurements(rows, {self.metric: dict(self.settings)})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The score over the level, a curve for each method with its interval, on the random control's band."""
+        from pullback.viz.leaderboard import level_curves
+
+        rows = [
+            {
+                "method": score.method, "control": score.control, "level": score.level,
+                "estimate": score.interval.estimate, "low": score.interval.low, "high": score.interval.high,
+            }
+            for score in self.summary()
+        ]  # fmt: skip
+        return level_curves(rows, ax)
+
+    def to_dataframe(self) -> DataFrame:
+        """The runs as a pandas table."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_dataframe() needs pandas, which pullback does not: pip install pandas"
+            ) from error
+        return pandas.DataFrame(self.to_records())
+
+    def to_json(self, path: str | Path) -> None:
+        """Settings, scores with their intervals, and runs."""
+        scores = [asdict(score) for score in self.summary()]
+        write_json(
+            Path(path),
+            {
+                "metric": self.metric,
+                "settings": dict(self.settings),
+                "scores": scores,
+                "runs": self.to_records(),
+            },
+        )
 
     @staticmethod
     def _per_base(table: Tensor, bases: list[int]) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pullback.evaluation.perceptron_stack import cross_entropy_gradient
 from pullback.evaluation.retraining import (
     EVALUATION_BATCH,
     SAMPLE,
@@ -21,12 +21,12 @@ from pullback.evaluation.retraining import (
     optimizer_of,
 )
 from pullback.evaluation.stacking import Stack
-from pullback.evaluation.views import Examples, View
+from pullback.evaluation.views import Examples, Shown, View
 
 __all__ = ["Finished", "Member", "trained_together"]
 
 # Elements of input that an evaluation pass of a stack holds at once.
-_EVALUATION_ELEMENTS = 2**22
+_EVALUATION_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ def trained_together(
     spec: TrainSpec,
     validation: Examples | None,
     test: Examples | None,
+    memory: int = 0,
 ) -> Iterator[Finished]:
-    """Train the members of a stack, each as it would train alone, and yield them in order."""
+    """Train the members of a stack, each as it would train alone, and yield them in order.
+
+    ``memory``: bytes that what the members see may take, written down.
+    """
     start = time.perf_counter()
     device, count = examples.x.device, len(members)
     views = [member.view for member in members]
@@ -67,42 +71,30 @@ def trained_together(
     courses = [Course(spec) for _ in members]
     optimizer = optimizer_of(spec, stack.parameters)
     kept = [value.detach().clone() for value in stack.state] if spec.patience is not None else None
+    shown = Shown(examples, views, whose, memory)
+    held_out = None
+    if kept is not None and validation is not None:
+        held_out = Shown(validation, views, [0] * count, memory - shown.bytes)
 
-    def attacked(points: Tensor, labels: Tensor) -> Tensor:
-        def logits(flat: Tensor) -> Tensor:
-            return stack.logits(flat.unflatten(0, labels.shape), training=False).flatten(0, 1)
-
-        assert spec.attack is not None
-        found = spec.attack.perturb(logits, points.flatten(0, 1), labels.flatten(), spec.bounds, attacking)
-        perturbed: Tensor = found.unflatten(0, labels.shape)
-        return perturbed
-
-    held: Tensor | None = None
     for _ in range(spec.epochs):
         orders = torch.stack([torch.randperm(len(examples), generator=own) for own in shuffling]).to(device)
         loss_sum, hits = torch.zeros(count, device=device), torch.zeros(count, device=device)
         for batch in orders.split(spec.batch, dim=1):
-            points, labels = examples.seen_by(batch, views, whose, held), examples.y[batch][own_order]
-            held = points if held is None else held
+            points, labels = shown.batch(batch), examples.y[batch].index_select(0, own_order)
             if spec.attack is not None:
-                points = attacked(points, labels)
-            logits = stack.logits(points, training=True)
-            each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            losses = each.unflatten(0, (count, -1)).mean(1)
-            optimizer.zero_grad(set_to_none=True)
-            # the sum, not the mean, over members: each has the gradient it would have alone
-            torch.autograd.backward(losses.sum())
+                points = _attacked(stack, points, labels, spec, attacking)
+            losses, logits = stack.learn(points, labels)
             optimizer.step()
-            loss_sum += losses.detach() * labels.shape[1]
-            hits += (logits.argmax(2) == labels).sum(1)
+            loss_sum += losses * labels.shape[1]
+            hits += (logits.max(1).indices == labels).sum(1)
         loss_list, hit_list = loss_sum.tolist(), hits.tolist()
         going = [not course.over for course in courses]
         for number, course in enumerate(courses):
             if going[number]:
                 course.losses.append(loss_list[number] / len(examples))
                 course.running.append(hit_list[number] / len(examples))
-        if kept is not None and validation is not None:
-            accuracies = _accuracies(stack, validation, views)
+        if kept is not None and validation is not None and held_out is not None:
+            accuracies = _accuracies(stack, validation, held_out)
             better = [
                 going[number] and course.improved(accuracies[number]) for number, course in enumerate(courses)
             ]
@@ -111,12 +103,15 @@ def trained_together(
                 break
     if kept is not None:
         _keep(stack.state, kept, torch.ones(count, dtype=torch.bool, device=device))
-    predicted = _stack_predictions(stack, examples, views)
+    predicted = _stack_predictions(stack, examples, shown)
     train_accuracies = (predicted == examples.y).double().mean(1).tolist()
-    sees = _sees(stack, examples, views)
+    sees = _sees(stack, examples, shown)
     one_class = constant(examples.y)
-    validated = None if validation is None else _accuracies(stack, validation, views)
-    tested = None if test is None else _stack_predictions(stack, test, views)
+    validated = tested = None
+    if validation is not None:
+        validated = _accuracies(stack, validation, held_out or Shown(validation, views, [0] * count, 0))
+    if test is not None:
+        tested = _stack_predictions(stack, test, Shown(test, views, [0] * count, 0))
     seconds = (time.perf_counter() - start) / count
     for number, course in enumerate(courses):
         collapsed = (constant(predicted[number]) and not one_class) or not sees[number]
@@ -139,30 +134,48 @@ def _keep(into: Sequence[Tensor], values: Sequence[Tensor], which: Tensor) -> No
             old[which] = new[which]
 
 
-def _stack_predictions(stack: Stack, examples: Examples, views: Sequence[View]) -> Tensor:
-    at_once = max(1, min(EVALUATION_BATCH, _EVALUATION_ELEMENTS // (len(views) * examples.x[0].numel())))
-    points: Tensor | None = None
-    predicted = []
-    with torch.no_grad():
-        for rows in torch.arange(len(examples), device=examples.x.device).split(at_once):
-            points = examples.seen_by(rows[None], views, [0] * len(views), points)
-            predicted.append(stack.logits(points, training=False).argmax(2))
-    return torch.cat(predicted, 1)
+def _attacked(
+    stack: Stack, points: Tensor, labels: Tensor, spec: TrainSpec, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """The attacked batches (E, B, *S); each member's attack draws from its own generator."""
+    assert spec.attack is not None
+
+    def gradient(flat: Tensor) -> Tensor:
+        stacked = flat.unflatten(0, labels.shape)
+        return stack.input_gradient(stacked, lambda logits: cross_entropy_gradient(logits, labels)).flatten(
+            0, 1
+        )
+
+    found: Tensor = spec.attack.ascend(gradient, points.flatten(0, 1), spec.bounds, generators)
+    perturbed: Tensor = found.unflatten(0, labels.shape)
+    return perturbed
 
 
-def _accuracies(stack: Stack, examples: Examples, views: Sequence[View]) -> list[float]:
-    hits: list[float] = (_stack_predictions(stack, examples, views) == examples.y).double().mean(1).tolist()
+def _stack_predictions(stack: Stack, examples: Examples, shown: Shown) -> Tensor:
+    """The class each member predicts for each example, (E, n)."""
+    at_once = max(1, min(EVALUATION_BATCH, _EVALUATION_ELEMENTS // (shown.count * examples.x[0].numel())))
+    rows = torch.arange(len(examples), device=examples.x.device).split(at_once)
+    return torch.cat([stack.logits(shown.batch(part)).max(1).indices for part in rows], 1)
+
+
+def _accuracies(stack: Stack, examples: Examples, shown: Shown) -> list[float]:
+    hits: list[float] = (_stack_predictions(stack, examples, shown) == examples.y).double().mean(1).tolist()
     return hits
 
 
-def _sees(stack: Stack, examples: Examples, views: Sequence[View]) -> list[bool]:
+def _sees(stack: Stack, examples: Examples, shown: Shown) -> list[bool]:
     """Per member: whether the score of the predicted class depends on any of the first inputs."""
-    found = torch.zeros(len(views), dtype=torch.bool, device=examples.x.device)
+    found = torch.zeros(shown.count, dtype=torch.bool, device=examples.x.device)
     for rows in torch.arange(min(SAMPLE, len(examples)), device=found.device).split(32):
-        points = examples.seen_by(rows[None], views, [0] * len(views)).requires_grad_()
-        (gradient,) = torch.autograd.grad(stack.logits(points, training=False).amax(2).sum(), points)
+        gradient = stack.input_gradient(shown.batch(rows), _of_the_highest)
         found |= gradient.flatten(1).any(1)
         if bool(found.all()):
             break
     sees: list[bool] = found.tolist()
     return sees
+
+
+def _of_the_highest(logits: Tensor) -> Tensor:
+    """The derivative of each example's highest logit by its logits; as autograd's, shared between equal ones."""
+    highest = (logits == logits.amax(1, keepdim=True)).to(logits.dtype)
+    return highest / highest.sum(1, keepdim=True)

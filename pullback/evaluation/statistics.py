@@ -170,12 +170,15 @@ def hierarchical_bootstrap(
 ) -> Interval:
     """The interval of the mean of ``values`` (seeds, images) that resamples the seeds and the images.
 
+    ``values`` (bases, seeds, images) resamples three levels: the base models, the seeds (of retraining, say) within
+    each base model drawn, and the images.
+
     ``images="shared"``: column i is the same image for every seed, so one resample of images serves all seeds
     (the two-way, "pigeonhole" bootstrap). ``"independent"``: every seed has its own images, resampled within
     it. Resampling images alone, or seeds alone, gives intervals that are too narrow. NaNs are left out and
     counted.
 
-    Raises ``InputError`` unless values is a non-empty (seeds, images) array.
+    Raises ``InputError`` unless values is a non-empty (seeds, images) or (bases, seeds, images) array.
     Source: A. Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007.
 
     >>> hierarchical_bootstrap(np.full((3, 20), 0.5)).high
@@ -184,7 +187,9 @@ def hierarchical_bootstrap(
     if images not in ("shared", "independent"):
         raise InputError(f'images={images!r} was given. Expected "shared" or "independent".')
     _check(level, samples)
-    table = _array(values, 2)
+    table = _array(values, 2, 3)
+    bases, within = (1, len(table)) if table.ndim == 2 else table.shape[:2]
+    table = table.reshape(-1, table.shape[-1])
     known = ~np.isnan(table)
     count = int(known.sum())
     if not count:
@@ -194,7 +199,9 @@ def hierarchical_bootstrap(
     generator = np.random.default_rng(seed)
     draws = []
     for rows in _blocks(samples, seeds * columns):
-        chosen = generator.integers(seeds, size=(rows, seeds, 1))
+        base = generator.integers(bases, size=(rows, bases, 1)) if bases > 1 else 0
+        seed_in_base = generator.integers(within, size=(rows, bases, within))
+        chosen = (within * base + seed_in_base).reshape(rows, seeds, 1)
         width = (rows, 1, columns) if images == "shared" else (rows, seeds, columns)
         picked = generator.integers(columns, size=width)
         total, defined = filled[chosen, picked].sum((1, 2)), weight[chosen, picked].sum((1, 2))
@@ -203,12 +210,16 @@ def hierarchical_bootstrap(
     return Interval(low, float(filled.sum() / count), high, level, count, table.size - count)
 
 
-def _array(values: Values, rank: int) -> Floats:
+def _array(values: Values, *ranks: int) -> Floats:
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != rank or not array.size:
-        expected = "at least one value in one dimension" if rank == 1 else "a non-empty (seeds, images) array"
+    if array.ndim not in ranks or not array.size:
+        expected = (
+            "at least one value in one dimension"
+            if ranks == (1,)
+            else "a non-empty (seeds, images) or (bases, seeds, images) array"
+        )
         raise InputError(f"Values of shape {array.shape} were given. Expected {expected}.")
     return array
 

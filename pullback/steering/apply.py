@@ -94,6 +94,7 @@ class Steering:
     def _start(self) -> None:
         self._owner = threading.get_ident()
         self._calls = self._others = 0
+        self._width = self.vector.width
         self._norms = {layer: float(one.norm()) for layer, one in self.vector.directions.items()}
         self._tallies = {layer: Tally(norm, self.preserve_norm) for layer, norm in self._norms.items()}
         self._placed: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
@@ -181,10 +182,10 @@ class Steering:
         else:
             step = self.strength * (self.vector.scales[layer] if self.scale == "fit" else 1.0)
             moved = torch.add(h, v, alpha=step)
+        reached = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+        self._tallies[layer].add(norm, reached, step, selected)
         if self.preserve_norm:
-            moved = moved * (norm / torch.linalg.vector_norm(moved, dim=-1, keepdim=True).clamp_min(1e-12))
-        with torch.no_grad():
-            self._tallies[layer].add(norm, (h * v).sum(-1, keepdim=True), step, selected)
+            moved = moved * (norm / reached.clamp_min(1e-12))
         moved = moved.to(hidden.dtype)
         return moved if selected is None else torch.where(selected, moved, hidden)
 
@@ -203,11 +204,11 @@ class Steering:
             key, value = 0, output[0]
         elif isinstance(output, Mapping) and output:
             key, value = next(iter(output.items()))
-        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != self.vector.width:
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != self._width:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise SiteError(
                 f'block {layer} of "{self._blocks.path}" returned {shape} where a hidden state (batch, length, '
-                f'{self.vector.width}) was expected. Name the list of blocks: blocks="dotted.path".'
+                f'{self._width}) was expected. Name the list of blocks: blocks="dotted.path".'
             )
         return key, value
 

@@ -46,6 +46,9 @@ class PositionTracker:
     def __init__(self, encoder_decoder: bool) -> None:
         self.encoder_decoder = encoder_decoder
         self.chunk: Chunk | None = None
+        self._names: dict[
+            nn.Module, list[str]
+        ] = {}  # reading a signature takes as long as steering eight blocks
         self.reset()
 
     def reset(self) -> None:
@@ -58,12 +61,12 @@ class PositionTracker:
     def outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the whole model, whose mask and ids do not always reach the decoder."""
         if not self.encoder_decoder:  # there they are the encoder's
-            self.pending = _named(module, args, kwargs)
+            self.pending = self._named(module, args, kwargs)
 
     def inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: what this pass holds."""
         outer, self.pending = self.pending, {}
-        given = _named(module, args, kwargs)
+        given = self._named(module, args, kwargs)
         tokens = next(
             (
                 value
@@ -96,6 +99,14 @@ class PositionTracker:
             ambiguous=not fresh and offset > 0 and length > 1,
         )
 
+    def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        if not args:
+            return kwargs
+        if module not in self._names:
+            self._names[module] = [*inspect.signature(module.forward).parameters]
+        return {**dict(zip(self._names[module], args, strict=False)), **kwargs}
+
     def _offset(self, cache: Any, mask: Tensor | None, length: int) -> int:
         if cache is None:
             return 0
@@ -117,14 +128,6 @@ class PositionTracker:
         if prompt is None or tokens.dim() != prompt.dim() or tokens.shape[1] <= prompt.shape[1]:
             return False
         return torch.equal(tokens[:, : prompt.shape[1]], prompt)
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    if not args:
-        return kwargs
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _real(mask: Tensor | None, offset: int, length: int) -> Tensor | None:

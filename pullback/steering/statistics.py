@@ -50,18 +50,21 @@ class Tally:
     angle: float = 0.0
     displacement: float = 0.0
 
-    def add(self, norm: Tensor, along: Tensor, step: Tensor | float, selected: Tensor | None) -> None:
-        """||h||, <h, v> and the step a in h + a v, each (batch, length, 1); ``selected`` None for all tokens."""
+    def add(self, norm: Tensor, reached: Tensor, step: Tensor | float, selected: Tensor | None) -> None:
+        """||h||, ||h + a v|| and the step a, each (batch, length, 1); ``selected`` None for all tokens."""
         step = step.detach() if isinstance(step, Tensor) else step
-        self.waiting.append((norm.detach(), along.detach(), step, selected))
+        self.waiting.append((norm.detach(), reached.detach(), step, selected))
         if len(self.waiting) >= _FOLD_AFTER:
             self.fold()
 
     def fold(self) -> None:
-        for norm, along, step, selected in self.waiting:
+        for norm, reached, step, selected in self.waiting:
             n = norm.double().cpu()
-            cosine = along.double().cpu() / n.clamp_min(1e-300)
             a = step.double().cpu() if isinstance(step, Tensor) else torch.full_like(n, step)
+            # <h, v> = (||h + a v||^2 - ||h||^2 - a^2 ||v||^2) / 2 a: no product of its own while generating
+            end = reached.double().cpu()
+            along = ((end - n) * (end + n) - (a * self.direction_norm) ** 2) / (2 * a)
+            cosine = torch.where(n * a == 0, 0.0, along / n.clamp_min(1e-300))
             across = (self.direction_norm**2 - cosine**2).clamp_min(0.0).sqrt()
             angle = torch.atan2(a.abs() * across, n + a * cosine)
             moved = (

@@ -13,7 +13,7 @@ from torch import nn
 from pullback.core.errors import InputError, MethodError
 
 from .blocks import find_blocks, select_layers
-from .measures import answer_measures, neutral_text
+from .measures import AnswerMeasures, answer_measures, neutral_text
 from .questions import encode_questions, require_disjoint
 from .scoring import Setting, answer_log_probs, require_eval
 from .vector import SteeringVector
@@ -31,7 +31,8 @@ class SweepPoint:
     Attributes:
         margin_shift, mc1, mc2, anti_steerable: means over questions, as in ``Evaluation``.
         perplexity_ratio, divergence: on the neutral texts.
-        allowed: whether the ratio is within the budget.
+        mass: the mean probability of all answers of a question together, over that without steering.
+        allowed: whether the ratio is within the budget, and the mass is not below the smallest.
     """
 
     strength: float
@@ -42,6 +43,7 @@ class SweepPoint:
     anti_steerable: float
     perplexity_ratio: float
     divergence: float
+    mass: float
     allowed: bool
 
 
@@ -77,6 +79,7 @@ def sweep(
     strengths: Sequence[float] = STRENGTHS,
     layers: Sequence[Any] | None = None,
     budget: float = 1.05,
+    smallest_mass: float = 0.0,
     measure: str = "margin_shift",
     setting: Setting | None = None,
     batch_size: int = 16,
@@ -92,6 +95,8 @@ def sweep(
         layers: choices of blocks, each as ``SteeringVector.select`` takes them; None is every block in the middle
             third alone, and the vector's blocks together. The last block alone is a bias on the logits.
         budget: largest ratio of perplexities, steered over unsteered.
+        smallest_mass: of the answers' probability without steering, what they keep at least; 0.9 is good where the
+            answers are single words, so that a vector that makes all answers unlikely is not chosen.
         measure: "margin_shift", "mc1" or "mc2"; of equal points the one with the larger margin shift, then the
             weaker, is chosen.
         setting: scale, scope and norm; its strength and blocks are not used.
@@ -114,6 +119,12 @@ def sweep(
     if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not len(strengths):
         raise MethodError(f"strengths={strengths!r}; expected a list of numbers such as [0.1, 0.2, 0.4].")
     require_budget(budget)
+    if (
+        isinstance(smallest_mass, bool)
+        or not isinstance(smallest_mass, int | float)
+        or not smallest_mass >= 0
+    ):
+        raise MethodError(f"smallest_mass={smallest_mass!r}; expected a share such as 0.9, or 0 for none.")
     if neutral is None:
         raise InputError("neutral is None; expected texts on which the perplexity budget is measured.")
     plain = replace(setting or Setting(), layers=None, strength=0.0)
@@ -142,6 +153,7 @@ def sweep(
     for (one, at), text in zip(places, texts, strict=True):
         found = answered(one, at)
         shift = found.margin - base.margin
+        mass = _mass(found) / _mass(base)
         points.append(
             SweepPoint(
                 at.strength,
@@ -152,7 +164,8 @@ def sweep(
                 float(np.where(np.isnan(shift), np.nan, shift < 0).mean()),
                 text.ratio,
                 text.divergence,
-                text.ratio <= budget,
+                mass,
+                text.ratio <= budget and mass >= smallest_mass,
             )
         )
     allowed = [point for point in points if point.allowed and math.isfinite(point.margin_shift)]
@@ -161,6 +174,11 @@ def sweep(
         top = max(allowed, key=lambda p: (getattr(p, measure), p.margin_shift, -abs(p.strength)))
         best = replace(plain, strength=top.strength, layers=top.layers)
     return Sweep(tuple(points), best, measure, float(budget), tuple(q.digest for q in encoded))
+
+
+def _mass(found: AnswerMeasures) -> float:
+    """The mean over questions of Σ p over all answers."""
+    return float((np.exp(found.log_prob) + np.exp(found.log_prob - found.margin)).mean())
 
 
 def require_budget(budget: Any) -> None:

@@ -73,6 +73,19 @@ def test_together_as_alone(way: str, attack: PGD | None, bounds: Bounds) -> None
             assert getattr(one, name) == getattr(other, name)
 
 
+def test_in_single_precision_accuracies_agree_within_one_image() -> None:
+    examples = Examples(X.float(), Y, EXAMPLES.ranks, FILL.float())
+    spec = replace(SPEC, epochs=10)
+    factory = lambda: multilayer_perceptron(36, 2, (8, 8))  # noqa: E731
+    ways = [
+        train_ensemble(factory, examples, MEMBERS, spec, test=examples, vectorize=way)
+        for way in ("loop", "stack")
+    ]
+    alone, together = ((found.predicted == Y).sum(1) for found in ways)
+    assert len(set(alone.tolist())) > 1
+    assert int((alone - together).abs().max()) <= 1
+
+
 def test_a_member_is_the_model_that_train_gives_for_its_masked_data() -> None:
     member = Member(5, View("a", 9, "bottom"))
     kept = (RANK >= 27).reshape(120, 1, 6, 6)

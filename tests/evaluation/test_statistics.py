@@ -151,6 +151,25 @@ def test_hierarchical_bootstrap_adds_the_variance_of_seeds_and_of_images() -> No
     assert interval.high - interval.low > 2 * (seeds_alone.high - seeds_alone.low)
 
 
+def test_three_levels_add_the_variances_of_bases_of_seeds_within_them_and_of_images() -> None:
+    bases, seeds, images = 20, 12, 150
+    table = (
+        0.5 * normal(bases, 1, 1) + 0.8 * normal(bases, seeds, 1, seed=1) + 1.5 * normal(1, 1, images, seed=2)
+    )
+    interval = hierarchical_bootstrap(table, samples=4000)
+    cells, of_bases = table.mean(2), table.mean((1, 2))
+    # of base means over bases, of seeds around their base over all seeds, of column means over columns
+    expected = math.sqrt(
+        of_bases.var() / bases + cells.var(1).mean() / (bases * seeds) + table.mean((0, 1)).var() / images
+    )
+    assert (interval.high - interval.low) / 3.92 == pytest.approx(expected, rel=0.06)
+    assert interval.estimate == pytest.approx(table.mean())
+    # seeds taken for independent of their base model give too narrow an interval
+    flat = hierarchical_bootstrap(table.reshape(bases * seeds, images), samples=4000)
+    assert interval.high - interval.low > 1.2 * (flat.high - flat.low)
+    assert hierarchical_bootstrap(table[:1]) == hierarchical_bootstrap(table[0])
+
+
 def test_independent_images_average_out_and_shared_ones_do_not() -> None:
     table = variance_components(10, 100, own=0.0, shared=1.0, rest=0.0)
     shared = hierarchical_bootstrap(table)

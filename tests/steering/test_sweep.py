@@ -15,7 +15,7 @@ from pullback.core.errors import SiteError
 from pullback.steering import Setting, SteeringVector, Sweep, fit, sweep
 from tests.steering.models import random_vector
 from tests.steering.test_evaluate import NEUTRAL, margins
-from tests.steering.tiny import llama, pairs, towards
+from tests.steering.tiny import BAD, GOOD, llama, pairs, towards
 
 STRENGTHS = [0.05, 0.4, 1.6]
 
@@ -26,6 +26,16 @@ def swept(**settings: Any) -> Sweep:
     return sweep(model, None, run.pop("vector", towards(model)), pairs(6, 1), **run)
 
 
+def both(model: Any, asked: Any, strength: float) -> float:
+    """The mean probability of GOOD and BAD together."""
+    found = []
+    for pair in asked:
+        with torch.no_grad(), towards(model).apply(model, strength):
+            p = model(torch.tensor([pair.prompt])).logits[0, -1].softmax(-1)
+        found.append(float(p[GOOD] + p[BAD]))
+    return float(np.mean(found))
+
+
 def test_points_are_the_model_at_their_settings() -> None:
     model, asked = llama(), pairs(6, 1)
     base = np.array(margins(model, asked))
@@ -34,6 +44,9 @@ def test_points_are_the_model_at_their_settings() -> None:
         assert point.margin_shift == pytest.approx(shift.mean(), abs=1e-9)
         assert point.mc1 == ((base + shift) > 0).mean()
         assert point.anti_steerable == (shift < 0).mean()
+        assert point.mass == pytest.approx(
+            both(model, asked, point.strength) / both(model, asked, 0.0), rel=1e-9
+        )
 
 
 def test_the_largest_shift_within_the_budget_is_chosen() -> None:
@@ -66,6 +79,19 @@ def test_a_weaker_setting_is_preferred_where_nothing_is_gained() -> None:
     assert swept(vector=still).best.strength == 0.05
 
 
+def test_settings_that_make_all_answers_unlikely_are_not_chosen() -> None:
+    """Away from both answers: the margin moves as before, and their probability falls."""
+    model = llama()
+    weights = model.lm_head.weight.detach()
+    away = towards(model).directions[2].double() - 2 * weights[GOOD] - 2 * weights[BAD]
+    vector = SteeringVector.from_displacements({2: away}, model)
+    points = swept(vector=vector, budget=1e9).points
+    least = min(point.mass for point in points)
+    assert least < 0.9
+    bound = swept(vector=vector, budget=1e9, smallest_mass=0.9)
+    assert [point.allowed for point in bound.points] == [point.mass >= 0.9 for point in points]
+
+
 def test_it_is_json() -> None:
     found = swept(budget=2.0)
     document = json.loads(json.dumps(found.to_dict()))
@@ -80,6 +106,7 @@ def test_it_is_json() -> None:
         ({"strengths": [float("nan")]}, MethodError, "strength=nan; expected a finite number"),
         ({"budget": 0.0}, MethodError, "budget=0.0"),
         ({"budget": float("nan")}, MethodError, "budget=nan"),
+        ({"smallest_mass": float("nan")}, MethodError, "smallest_mass=nan"),
         ({"measure": "accuracy"}, MethodError, "measure='accuracy'"),
         ({"neutral": None}, InputError, "neutral is None"),
         ({"layers": [1]}, SiteError, "no direction at block 1"),

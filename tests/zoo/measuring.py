@@ -36,7 +36,7 @@ from tests.zoo.architectures import (
 
 __all__ = ["EXCEPTIONS", "Conservation", "Kind", "Measurement", "kind_of", "measure", "prepared"]
 
-Kind = Literal["piecewise linear", "faint", "fused biases", "held", "hidden", "patch rows"]
+Kind = Literal["piecewise linear", "faint", "held", "hidden", "patch rows"]
 
 # where something other than the rule holds: in which way, and why
 EXCEPTIONS: dict[str, tuple[Kind, str]] = {
@@ -44,10 +44,6 @@ EXCEPTIONS: dict[str, tuple[Kind, str]] = {
         ("resnet", "resnet_bottleneck", "plain_vgg", "plain_resnet", "plain_densenet", "plain_inception",
          "plain_squeezenet", "plain_shufflenet", "plain_unet"),
         ("piecewise linear", "only ReLU and max pooling: the plain gradient conserves"),
-    ),
-    **dict.fromkeys(
-        ("lstm", "gru"),
-        ("fused biases", "the report takes biases inside the fused kernel for leaks: measured with these at zero"),
     ),
     "dpt": ("faint", "only 1e-9 of the score comes from the image, the rest from constants"),
     "patchtsmixer": ("faint", "only 1e-4 of the score comes from the series, the rest from constants"),
@@ -106,14 +102,8 @@ def kind_of(name: str) -> Kind | None:
 
 
 def prepared(name: str) -> Built:
-    """The entry in float64, the biases of fused recurrent kernels at zero."""
-    model, inputs = in_float64(ARCHITECTURES[name]())
-    if kind_of(name) == "fused biases":
-        with torch.no_grad():
-            for layer in (module for module in model.modules() if isinstance(module, nn.RNNBase)):
-                for key, parameter in layer.named_parameters():
-                    parameter.mul_(0 if key.startswith("bias") else 1)
-    return model, inputs
+    """The entry in float64."""
+    return in_float64(ARCHITECTURES[name]())
 
 
 def measure(name: str, entry: Built | None = None) -> Measurement:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.audit import MARK, Mark, graph_nodes
 from ...core.operations import node_operation
@@ -125,18 +126,23 @@ class _Chain:
 
 def _is_chain(module: nn.Module, x: Tensor) -> bool:
     """Whether two entries go through the module by several entrywise operations, leaving everything as it was."""
-    with torch._C.DisableTorchFunction(), torch.enable_grad(), unhooked():
+    with torch._C.DisableTorchFunction(), torch.enable_grad(), unhooked(), _WithoutDraws():  # type: ignore[no-untyped-call]
         entries = x.new_ones(2).requires_grad_()
         sample = entries.view_as(entries)
-        state = torch.get_rng_state()
         try:
             nodes = _nodes(module.forward(sample), sample)
         except Exception:  # whatever it needs, two entries are not enough
             nodes = []
-        if not torch.equal(state, torch.get_rng_state()):
-            torch.set_rng_state(state)
-            return False
     return len(nodes) > 1 and sample._version == 0 and _are_entrywise(nodes, sample.shape)
+
+
+class _WithoutDraws(TorchDispatchMode):
+    """Refuses to draw random numbers: a sample must not move a generator that other threads use, not even back."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 def _nodes(output: Any, given: Tensor) -> list[Any]:

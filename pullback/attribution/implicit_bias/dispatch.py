@@ -83,7 +83,8 @@ def _affine(operation: Operation, values: Sequence[Tensor]) -> tuple[ImplicitBia
     elif operation.name in ("cat", "stack", "hstack", "vstack", "dstack", "column_stack", "block_diag"):
         tensors = operation.argument(0, "tensors")
         tensors = operation.args if isinstance(tensors, Tensor) else tensors
-        if len(operands) == len(tensors):
+        # a cache of keys and values begins as an empty tensor
+        if all(carries_signal(each) or not each.numel() for each in tensors):
             return (ImplicitBias(),)
     (y,) = values
     constant = with_operands(operation, [torch.zeros_like(each) for each in operands]).value()

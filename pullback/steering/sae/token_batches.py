@@ -37,7 +37,7 @@ class TokenBatches:
     """
 
     def __init__(self, source: Iterable[Any], seed: int = 0, process: int = 0, processes: int = 1) -> None:
-        if not hasattr(source, "__iter__") or iter(source) is source:
+        if not hasattr(source, "__iter__") or hasattr(source, "__next__"):
             raise InputError(
                 f"token_batches is a {type(source).__name__}, which can be read only once; expected a list, a "
                 "DataLoader, or another iterable that starts over, so that a run can go on. Try list(token_batches)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Mapping
 
@@ -24,6 +25,7 @@ _EPSILON = 6.25e-10  # of Adam, as in OpenAI's training script
 _FIRST_STEPS = 10  # whose mean FVU says whether anything is learnt
 _SLOWEST_MEAN = 0.01  # weight of a batch in the running mean of the gradient's norm, from the hundredth on
 _START_TOKENS = 1024  # that tell the encoder's first scale
+_PROBE_ROWS, _PROBE_TOKENS, _PROBE_ROUNDS = 4096, 256, 5
 _MEDIAN_ROUNDS, _MEDIAN_TOLERANCE = 100, 1e-6
 
 
@@ -71,7 +73,6 @@ class Trainer:
                 config.autoencoder,
                 seed=config.seed,
                 memory_budget=config.memory_budget,
-                score_dtype=torch.bfloat16 if config.score_dtype == "bfloat16" else None,
                 dtype=dtype,
                 device=device,
             )
@@ -80,6 +81,10 @@ class Trainer:
                 f"the autoencoder is {autoencoder.config}; the run's config has {config.autoencoder}."
             )
         self.autoencoder = autoencoder
+        if config.score_dtype == "bfloat16" or (
+            config.score_dtype == "auto" and _bfloat16_is_faster(autoencoder)
+        ):
+            autoencoder.score_dtype = torch.bfloat16
         self.optimizer = torch.optim.Adam(
             autoencoder.parameters(), lr=config.peak_learning_rate, eps=_EPSILON, fused=True
         )
@@ -183,7 +188,8 @@ class Trainer:
                 moments = self.optimizer.state[parameter]
                 tensors[f"adam.{part}.{name}"] = moments[part] if moments else torch.zeros_like(parameter)
         tensors |= {"measured": self._measured, "first_fvu": self._first_fvu}
-        return tensors, {"steps": self.step_count, "tokens": self.tokens, "gradients": self._gradients_seen}
+        numbers = {"steps": self.step_count, "tokens": self.tokens, "gradients": self._gradients_seen}
+        return tensors, {**numbers, "bfloat16": int(self.autoencoder.score_dtype is torch.bfloat16)}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
@@ -207,6 +213,7 @@ class Trainer:
             value.copy_(tensors[f"autoencoder.{name}"])
         self.step_count, self.tokens = numbers["steps"], numbers["tokens"]
         self._gradients_seen = numbers["gradients"]
+        self.autoencoder.score_dtype = torch.bfloat16 if numbers["bfloat16"] else None
         self._measured.copy_(tensors["measured"])
         self._first_fvu.copy_(tensors["first_fvu"])
         for name, parameter in self.autoencoder.named_parameters():
@@ -249,6 +256,24 @@ class Trainer:
                     "their mean. Check that the site is the one meant, and the learning rate.",
                     stacklevel=3,
                 )
+
+
+@torch.no_grad()
+def _bfloat16_is_faster(autoencoder: SparseAutoencoder) -> bool:
+    """Whether the product of some tokens with some latents is, with the conversion of the weights counted."""
+    rows = autoencoder.encoder[:_PROBE_ROWS]
+    tokens = rows[:_PROBE_TOKENS]
+    seconds = []
+    for dtype in (rows.dtype, torch.bfloat16):
+        rounds = []
+        for _ in range(_PROBE_ROUNDS):
+            began = time.perf_counter()
+            product = tokens.to(dtype) @ rows.to(dtype).t()
+            if product.device.type != "cpu":
+                product.sum().item()  # waits for the device
+            rounds.append(time.perf_counter() - began)
+        seconds.append(min(rounds))
+    return seconds[1] < seconds[0]
 
 
 def _geometric_median(x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pullback as pb
 from pullback.datasets import register_documents
 from pullback.datasets.registers import BOS, EOS, MASK, PAD, vocabulary_size
-from pullback.steering.report import write_steering_report
 
 
 class Tokenizer:
@@ -77,30 +76,31 @@ for name, shared_answers in (("words of their own", False), ("the same words", T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pairs that do not agree, which the evaluation flags
         vector = pb.steering.fit(model, Tokenizer(), fitting, k=3, steps=16, batch_size=40)
-    swept = pb.steering.sweep(model, Tokenizer(), vector, validation, batch_size=128)
-    setting = swept.best or pb.steering.Setting(0.4)
+    neutral = register_documents(60, shared_answers=shared_answers, seed=7).x.tolist()
+    swept = pb.steering.sweep(
+        model, Tokenizer(), vector, validation, neutral=neutral, budget=2.0, smallest_mass=0.9, batch_size=128
+    )
     found = pb.steering.evaluate(
         model,
         Tokenizer(),
         {"grains": vector},
         held_out,
-        setting=setting,
+        setting=swept,
         fit_pairs=fitting,
+        neutral=neutral,
+        budget=2.0,
         batch_size=256,
-        draws=20,
+        random_draws=20,
     )
-    print(f"\nThe registers have {name}; {setting}\n{found}")
-    write_steering_report(
-        f"steering-{'control' if shared_answers else 'toy'}.html", found, {"grains": vector}, fit_pairs=fitting,
-        items=held_out, sweeps={"grains": swept}, tokenizer=None,
-    )  # fmt: skip
-    failed = [flag for flag in found.flags if "random directions" in flag or "wrong way" in flag]
+    print(f"\nThe registers have {name}; {swept.best}\n{found}")
+    page = f"steering-{'control' if shared_answers else 'toy'}.html"
+    pb.steering.write_steering_report(
+        page, found, vector, sweep=swept, pairs=fitting, tokenizer=Tokenizer(), model=model
+    )
+    failed = {flag.name for flag in found.flags} & {"within_random_band", "no_gain", "anti_steerable"}
     if shared_answers:
         assert failed, "one direction does not stand for a register here, and the evaluation must say so"
     else:
         assert not failed
-        assert found.mean("grains", "mc1") > found.mean("none", "mc1") + 0.3
-        assert (
-            found.mean("grains", "margin_shift")
-            > found.conditions["random directions"].band("margin_shift")[1]
-        )
+        assert found.value("grains", "mc1") > found.value("none", "mc1") + 0.3
+        assert found.value("grains", "margin_shift") > (found.row("random", "margin_shift").high or 0.0)

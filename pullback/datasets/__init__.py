@@ -9,6 +9,13 @@ from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
 from pullback.datasets.registers import Registers, register_documents
 from pullback.datasets.series import Windows, ecg5000, ecg_noise_stress, ppg
+from pullback.datasets.text import (
+    QuestionSplit,
+    TruthfulQuestion,
+    load_truthfulqa,
+    neutral_sentences,
+    split_questions,
+)
 from pullback.datasets.theory import Signals, block_signal, signal_coordinates
 from pullback.datasets.windowing import cut_windows
 
@@ -17,8 +24,10 @@ __all__ = [
     "Digits",
     "PatchDocuments",
     "Photographs",
+    "QuestionSplit",
     "Registers",
     "Signals",
+    "TruthfulQuestion",
     "Windows",
     "block_mnist",
     "block_signal",
@@ -29,8 +38,11 @@ __all__ = [
     "ecg_noise_stress",
     "fashion_mnist",
     "load_idx",
+    "load_truthfulqa",
     "mnist",
+    "neutral_sentences",
     "ppg",
     "register_documents",
     "signal_coordinates",
+    "split_questions",
 ]

@@ -1,34 +1,41 @@
 """Steering: moving a model's hidden states along a direction while it runs."""
 
-from .answers import Question, Setting
 from .blocks import Fingerprint, find_blocks, fingerprint
 from .directions import fit
 from .evaluate import evaluate
-from .evaluation_result import Condition, SteeringEvaluation
 from .pairs import Pair
+from .questions import Question
+from .report import write_steering_report
+from .results import Evaluation, Flag, Generation, Row
+from .scoring import Setting
 from .statistics import LayerStatistics, SteeringStatistics
-from .sweep import SteeringSweep, sweep
-from .truthfulqa import contrastive_pairs, load_truthfulqa, split_questions
+from .sweep import Sweep, SweepPoint, sweep
+from .truthfulqa import TruthfulQAResult, truthful_pairs, truthful_questions, truthfulqa
 from .vector import SteeringVector, load
 
 __all__ = [
-    "Condition",
+    "Evaluation",
     "Fingerprint",
+    "Flag",
+    "Generation",
     "LayerStatistics",
     "Pair",
     "Question",
+    "Row",
     "Setting",
-    "SteeringEvaluation",
     "SteeringStatistics",
-    "SteeringSweep",
     "SteeringVector",
-    "contrastive_pairs",
+    "Sweep",
+    "SweepPoint",
+    "TruthfulQAResult",
     "evaluate",
     "find_blocks",
     "fingerprint",
     "fit",
     "load",
-    "load_truthfulqa",
-    "split_questions",
     "sweep",
+    "truthful_pairs",
+    "truthful_questions",
+    "truthfulqa",
+    "write_steering_report",
 ]

@@ -17,7 +17,7 @@ from pullback.core.errors import MethodError
 from .agreement import agreement_of, displacement, unit, warn_of_disagreement
 from .blocks import Layers, find_blocks, select_layers
 from .grains import Evidence, ImageBaseline, Masking, TokenCount, baseline_text, evidence
-from .pairs import EncodedPair, Pair, digest, encode_pairs, in_batches
+from .pairs import EncodedPair, Pair, digest, encode_pairs, in_batches, prompt_digest
 from .posed_prompts import PosedPrompts, answer_states, last_gradients, last_states, pose_prompts
 from .vector import SteeringVector
 
@@ -169,7 +169,7 @@ def fit(
         warn_of_disagreement(agreement, len(encoded))
     return SteeringVector.from_displacements(
         moves, model, blocks=blocks, method=method, settings=settings, pairs=len(encoded), pairs_digest=digest(encoded),
-        agreement=agreement, **facts,
+        prompts=[prompt_digest(pair.ids, pair.others) for pair in encoded], agreement=agreement, **facts,
     )  # fmt: skip
 
 

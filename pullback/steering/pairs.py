@@ -17,11 +17,16 @@ __all__ = [
     "Answer",
     "EncodedPair",
     "Pair",
+    "along_tokens",
     "digest",
+    "encode_answer",
     "encode_pairs",
+    "encode_prompt",
     "in_batches",
     "padded_inputs",
-    "token_ids_of",
+    "prompt_digest",
+    "require_fitting",
+    "takes",
 ]
 
 Answer: TypeAlias = "str | int | Sequence[int] | Tensor"
@@ -68,7 +73,7 @@ def encode_pairs(model: nn.Module, tokenizer: Any, pairs: Sequence[Any]) -> list
         )
     encoded = [_encoded(number, _pair(number, pair), tokenizer) for number, pair in enumerate(pairs)]
     for pair in encoded:
-        _require_fitting(pair, model)
+        require_fitting(f"pair {pair.number}", pair.ids, (pair.preferred, pair.dispreferred), model)
     return encoded
 
 
@@ -78,7 +83,7 @@ def in_batches(model: nn.Module, pairs: Sequence[EncodedPair], size: int) -> Ite
     groups: dict[Any, list[EncodedPair]] = {}
     for pair in pairs:
         key: tuple[Any, ...] = tuple(
-            (name, leaf.dtype) if _along(name, leaf, pair) else (name, leaf.dtype, *leaf.shape[1:])
+            (name, leaf.dtype) if along_tokens(name, leaf, pair) else (name, leaf.dtype, *leaf.shape[1:])
             for name, leaf in sorted(pair.others.items())
         )
         if any(not leaf.dim() or len(leaf) != 1 for leaf in pair.others.values()):
@@ -108,7 +113,7 @@ def padded_inputs(model: nn.Module, tokenizer: Any, batch: Sequence[EncodedPair]
     for name in batch[0].others:
         leaves = [
             filled(pair.others[name][0], 0)[None]
-            if _along(name, pair.others[name], pair)
+            if along_tokens(name, pair.others[name], pair)
             else pair.others[name]
             for pair in batch
         ]
@@ -131,6 +136,15 @@ def digest(pairs: Sequence[EncodedPair]) -> str:
     return blake2b(content.encode(), digest_size=6).hexdigest()
 
 
+def prompt_digest(ids: Tensor, others: Mapping[str, Tensor]) -> str:
+    """A short hash of one prompt, images included: what no two splits may share."""
+    found = blake2b(repr(ids.tolist()).encode(), digest_size=8)
+    for name, leaf in sorted(others.items()):
+        found.update(f"{name}{tuple(leaf.shape)}".encode())
+        found.update(leaf.detach().cpu().double().numpy().tobytes())
+    return found.hexdigest()
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward takes a keyword."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -149,11 +163,10 @@ def _pair(number: int, pair: Any) -> Pair:
 
 
 def _encoded(number: int, pair: Pair, tokenizer: Any) -> EncodedPair:
-    ids, others = _prompt(number, pair, tokenizer)
-    if not len(ids):
-        raise InputError(f"the prompt of pair {number} has no tokens; expected at least one.")
-    preferred = token_ids_of(number, "preferred answer", pair.preferred, tokenizer)
-    dispreferred = token_ids_of(number, "dispreferred answer", pair.dispreferred, tokenizer)
+    name = f"pair {number}"
+    ids, others = encode_prompt(name, pair.prompt, pair.image, tokenizer)
+    preferred = encode_answer(name, "preferred", pair.preferred, tokenizer)
+    dispreferred = encode_answer(name, "dispreferred", pair.dispreferred, tokenizer)
     if preferred == dispreferred:
         raise InputError(
             f"pair {number} prefers {pair.preferred!r} to {pair.dispreferred!r}, which are the same tokens "
@@ -162,17 +175,24 @@ def _encoded(number: int, pair: Pair, tokenizer: Any) -> EncodedPair:
     return EncodedPair(number, ids, preferred, dispreferred, others)
 
 
-def _prompt(number: int, pair: Pair, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    prompt = pair.prompt
-    if pair.image is not None:
+def encode_prompt(name: str, prompt: Any, image: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """A prompt's token ids (length,) and the model's other inputs; ``name`` is "pair 3" or "question 3" in errors."""
+    ids, others = _prompt(name, prompt, image, tokenizer)
+    if not len(ids):
+        raise InputError(f"the prompt of {name} has no tokens; expected at least one.")
+    return ids, others
+
+
+def _prompt(name: str, prompt: Any, image: Any, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    if image is not None:
         if not isinstance(prompt, str) or not callable(tokenizer):
             raise InputError(
-                f"pair {number} has an image with a prompt of type {type(prompt).__name__}; expected text and the "
+                f"{name} has an image with a prompt of type {type(prompt).__name__}; expected text and the "
                 "model's processor, or a prompt that is a mapping of prepared inputs and no image."
             )
-        prompt = tokenizer(text=prompt, images=pair.image, return_tensors="pt")
+        prompt = tokenizer(text=prompt, images=image, return_tensors="pt")
     if isinstance(prompt, Mapping):
-        return _prepared(number, prompt)
+        return _prepared(name, prompt)
     chat = (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
@@ -181,23 +201,21 @@ def _prompt(number: int, pair: Pair, tokenizer: Any) -> tuple[Tensor, dict[str, 
     if isinstance(prompt, str) or chat:
         call = _text_tokenizer(tokenizer)
         if call is None:
-            raise InputError(f"pair {number} is text; give fit the model's tokenizer, or token ids.")
+            raise InputError(f"{name} is text; give the model's tokenizer, or token ids.")
         found: Any = (
             call.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
             if chat
             else call(prompt)
         )
         prompt = found["input_ids"]
-    return _token_ids(number, "prompt", prompt), {}
+    return _token_ids(name, "prompt", prompt), {}
 
 
-def _prepared(number: int, prompt: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def _prepared(name: str, prompt: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     ids = prompt.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise InputError(
-            f'pair {number} has "input_ids" {shape}; expected a (1, length) tensor of one example.'
-        )
+        raise InputError(f'{name} has "input_ids" {shape}; expected a (1, length) tensor of one example.')
     others = {str(name): leaf for name, leaf in prompt.items() if isinstance(leaf, Tensor)}
     mask = others.pop("attention_mask", None)
     real = torch.ones_like(ids[0], dtype=torch.bool) if mask is None else mask[0].bool()
@@ -206,20 +224,22 @@ def _prepared(number: int, prompt: Mapping[str, Any]) -> tuple[Tensor, dict[str,
     return ids[0][real], others
 
 
-def token_ids_of(number: int, what: str, answer: Answer, tokenizer: Any) -> tuple[int, ...]:
-    """An answer's token ids. Raises InputError for one without tokens, and for text without a tokenizer."""
+def encode_answer(name: str, side: str, answer: Answer, tokenizer: Any) -> tuple[int, ...]:
+    """An answer's token ids; ``side`` is "preferred", "true", ... in errors."""
     if isinstance(answer, str):
         call = _text_tokenizer(tokenizer)
         if call is None:
-            raise InputError(f"pair {number} is text; give fit the model's tokenizer, or token ids.")
+            raise InputError(f"{name} is text; give the model's tokenizer, or token ids.")
         answer = call(answer, add_special_tokens=False)["input_ids"]
-    found = tuple(_token_ids(number, what, [answer] if isinstance(answer, int) else answer).tolist())
+    found = tuple(
+        _token_ids(name, f"{side} answer", [answer] if isinstance(answer, int) else answer).tolist()
+    )
     if not found:
-        raise InputError(f"the {what} of pair {number} has no tokens; expected at least one.")
+        raise InputError(f"the {side} answer of {name} has no tokens; expected at least one.")
     return found
 
 
-def _token_ids(number: int, what: str, ids: Any) -> Tensor:
+def _token_ids(name: str, what: str, ids: Any) -> Tensor:
     try:
         found = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
@@ -229,7 +249,7 @@ def _token_ids(number: int, what: str, ids: Any) -> Tensor:
     whole = not found.is_floating_point() and found.dtype != torch.bool
     if found.dim() > 1 or (found.numel() and not whole):
         raise InputError(
-            f"the {what} of pair {number} is a {type(ids).__name__} that holds no list of token ids; expected text, "
+            f"the {what} of {name} is a {type(ids).__name__} that holds no list of token ids; expected text, "
             "ids such as [5, 6, 7], or a (length,) tensor of them."
         )
     return found.flatten().detach().cpu().long()
@@ -240,31 +260,32 @@ def _text_tokenizer(tokenizer: Any) -> Any:
     return getattr(tokenizer, "tokenizer", None) or tokenizer
 
 
-def _along(name: str, leaf: Tensor, pair: EncodedPair) -> bool:
+def along_tokens(name: str, leaf: Tensor, pair: EncodedPair) -> bool:
     """Whether an input has an entry per token of the prompt."""
     if name.startswith("decoder_") or leaf.is_floating_point():
         return False
     return leaf.dim() >= 2 and leaf.shape[:2] == (1, len(pair.ids))
 
 
-def _require_fitting(pair: EncodedPair, model: nn.Module) -> None:
+def require_fitting(name: str, ids: Tensor, answers: Sequence[Sequence[int]], model: nn.Module) -> None:
+    """Raise InputError where a prompt with its longest answer is too long, or has tokens that the model has not."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
-    length = len(pair.ids)
+    length = len(ids)
     if not getattr(config, "is_encoder_decoder", False):
-        length += max(len(pair.preferred), len(pair.dispreferred))
+        length += max(len(answer) for answer in answers)
     if isinstance(most, int) and length > most:
         raise InputError(
-            f"pair {pair.number} has {length} tokens with its longer answer, and the model takes {most}; shorten the "
+            f"{name} has {length} tokens with its longer answer, and the model takes {most}; shorten the "
             "prompt or leave the pair out."
         )
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
-    tokens = [*pair.ids.tolist(), *pair.preferred, *pair.dispreferred]
+    tokens = [*ids.tolist(), *(token for answer in answers for token in answer)]
     wrong = [token for token in tokens if token < 0 or (rows and token >= rows)]
     if wrong:
         raise InputError(
-            f"pair {pair.number} has the token {wrong[0]}, which is outside the model's {rows} tokens. Is it this "
+            f"{name} has the token {wrong[0]}, which is outside the model's {rows} tokens. Is it this "
             "model's tokenizer?"
         )

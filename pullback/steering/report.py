@@ -1,174 +1,216 @@
-"""The HTML page of a steering vector: what speaks against it first, then what it did and where it came from."""
+"""A steering vector on one HTML page: flags, the table, curves, what it was fitted on and what it does to text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .evaluation_result import SHOWN, SteeringEvaluation
-from .pairs import Pair, token_ids_of
-from .sweep import SteeringSweep
+from torch import nn
+
+from pullback.core.errors import InputError
+
+from .pairs import digest, encode_pairs
+from .results import Evaluation
+from .sweep import Sweep
 from .vector import SteeringVector
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from pullback.viz.report import Figure, Section, Tokens
 
 __all__ = ["write_steering_report"]
 
-_PAIRS_SHOWN = 8
+MOST_STRIPS = 24
 
 
 def write_steering_report(
     path: str | os.PathLike[str],
-    evaluation: SteeringEvaluation,
-    vectors: Mapping[str, SteeringVector],
+    evaluation: Evaluation,
+    vector: SteeringVector,
     *,
+    sweep: Sweep | None = None,
+    pairs: Sequence[Any] | None = None,
     tokenizer: Any = None,
-    fit_pairs: Sequence[Any] = (),
-    items: Sequence[Any] = (),
-    sweeps: Mapping[str, SteeringSweep] | None = None,
-    title: str = "Steering report",
+    model: nn.Module | None = None,
+    title: str = "Steering vector",
 ) -> None:
-    """Write one self-contained page: flags, the table, strength curves, layer reliability, tokens, generations.
+    """Write one self-contained HTML page about a vector: reasons to distrust it first.
 
     Args:
-        vectors: by the names that they were evaluated under.
-        tokenizer: turns token ids into words; ids are shown without.
-        fit_pairs: what the vectors were fitted on, whose chosen tokens are drawn.
-        items: the questions, for the text before and after.
-        sweeps: name -> ``sweep`` of that vector, for the strength curves.
-    """
-    from pullback.viz.report import Figure, Prose, Section, Table, write_report
+        path: of the page.
+        evaluation: of ``evaluate``.
+        vector: with the provenance that ``fit`` left; reliability by block and the chosen tokens come from it.
+        sweep: of strength and blocks, for the curves.
+        pairs: what it was fitted on, with its ``model`` and ``tokenizer``, to show the attributions of their tokens.
+        title: of the page.
 
-    sections: list[Section] = [Prose(_verdict(evaluation))]
-    sections.append(
-        Table(
-            "Held-out items",
-            ("condition", *SHOWN, "perplexity ratio"),
-            evaluation.cells(),
-            "Means over items with bootstrap intervals; for random directions the band that 95 % of them lie in.",
-        )
+    Raises InputError for pairs that the vector was not fitted on, or without the model.
+    """
+    from pullback.viz.report import Prose, Table, write_report
+
+    sections: list[Section] = [Prose(_verdict(evaluation, vector))]
+    if evaluation.flags:
+        rows = [(flag.severity, flag.name, flag.condition, flag.text) for flag in evaluation.flags]
+        sections.append(Table("Reasons to distrust it", ["severity", "flag", "vector", "why"], rows))
+    columns, lines = evaluation.table()
+    note = (
+        "Means over questions with 95 % bootstrap intervals; random: mean over draws with the 2.5th and 97.5th "
+        "percentile of the draws. Shifts are in nats, against the model as it is."
     )
-    sections += [
-        Figure(f"{name}: {found.criterion} by strength, a line for each choice of blocks", _curves(found))
-        for name, found in (sweeps or {}).items()
-    ]
-    for name, vector in vectors.items():
-        agreement = vector.provenance.get("agreement", ())
-        if agreement:
-            columns = ("block", "pairwise", "to_direction", "explained", "length", "alone")
-            sections.append(
-                Table(
-                    f"{name}: how well the fitting pairs agree, block by block",
-                    columns,
-                    [[each[column] for column in columns] for each in agreement],
-                    "pairwise: mean cosine between the displacements of two pairs; to_direction: to the vector.",
-                )
-            )
-        if strips := _strips(vector, fit_pairs, tokenizer):
-            sections.append(Figure(f"{name}: tokens that were masked, and their scores", strips))
-    if shown := _generations(evaluation, items, tokenizer):
-        names = [name for name, each in evaluation.conditions.items() if each.continuations]
-        sections.append(Table("Greedy continuations", ("prompt", *names), shown))
+    sections += [Table("All conditions", columns, lines, note), _conditions(evaluation)]
+    if sweep is not None:
+        sections.append(_curves(sweep))
+    if vector.provenance.get("agreement"):
+        sections.append(_reliability(vector))
+    if pairs is not None and vector.provenance.get("chosen"):
+        sections.append(_attributions(vector, pairs, tokenizer, model))
+    if evaluation.generations:
+        sections.append(_generations(evaluation))
     write_report(path, sections, title)
 
 
-def _verdict(evaluation: SteeringEvaluation) -> str:
-    if not evaluation.flags:
-        return "Nothing speaks against the vector here: every control was there and none did as well."
-    flags = "\n\n".join(f"⚑ {flag}" for flag in evaluation.flags)
-    return f"What speaks against it:\n\n{flags}"
+def _verdict(evaluation: Evaluation, vector: SteeringVector) -> str:
+    failures = [flag for flag in evaluation.flags if flag.severity == "failure"]
+    said = (
+        f"Failed: {'; '.join(f'{flag.condition}, {flag.name}' for flag in failures)}."
+        if failures
+        else "No failure was found. That is no proof: the questions are few and of one kind."
+    )
+    made = f"{vector}, fitted to {vector.provenance.get('pairs', 'an unknown number of')} pairs."
+    completeness = vector.provenance.get("completeness")
+    if completeness:
+        made += f" Completeness gap of its attributions: {completeness['relative_gap']:.1%}."
+    return f"{said}\n\n{made}"
 
 
-def _curves(found: SteeringSweep) -> Figure:
-    """The criterion against strength; hollow where the budget is broken."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _conditions(evaluation: Evaluation) -> Figure:
+    from pullback.viz.curves import bars
+    from pullback.viz.report import Figure
 
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for number, layers in enumerate(dict.fromkeys(str(point.setting.layers) for point in found.points)):
-        points = sorted(
-            (each for each in found.points if str(each.setting.layers) == layers),
-            key=lambda each: each.setting.strength,
+    rows = [
+        row for row in evaluation.rows
+        if row.measure == "margin_shift" and row.estimate is not None and row.condition != "none"
+    ]  # fmt: skip
+    names = [row.condition if row.setting == "same" else f"{row.condition} ({row.setting})" for row in rows]
+    estimates = [float(row.estimate or 0.0) for row in rows]
+    lows = [value if row.low is None else row.low for row, value in zip(rows, estimates, strict=True)]
+    highs = [value if row.high is None else row.high for row, value in zip(rows, estimates, strict=True)]
+    axes = bars(names, estimates, lows, highs)
+    axes.set_xlabel("margin shift, nats", fontsize=8)
+    return Figure("How far each condition moves the margin towards true answers.", _figure(axes))
+
+
+def _curves(sweep: Sweep) -> Figure:
+    from pullback.viz.curves import curve
+    from pullback.viz.drawing import new_panels
+    from pullback.viz.report import Figure
+
+    panels = new_panels(5.4, [2.6, 2.0])
+    for layers in dict.fromkeys(point.layers for point in sweep.points):
+        points = sorted((p for p in sweep.points if p.layers == layers), key=lambda p: p.strength)
+        strengths = [point.strength for point in points]
+        curve(strengths, [point.margin_shift for point in points], ax=panels[0], label=_blocks(layers))
+        curve(strengths, [point.perplexity_ratio for point in points], ax=panels[1])
+    panels[1].axhline(sweep.budget, color="0.4", linewidth=0.8, linestyle="--")
+    if sweep.best.strength:
+        for panel in panels:
+            panel.axvline(sweep.best.strength, color="0.6", linewidth=0.8, linestyle=":")
+    panels[0].set_ylabel("margin shift, nats", fontsize=8)
+    panels[1].set_ylabel("perplexity ratio", fontsize=8)
+    panels[1].set_xlabel("strength", fontsize=8)
+    chosen = (
+        f"chosen: {sweep.best.strength:g} at {_blocks(sweep.best.layers or ())}"
+        if sweep.best.strength
+        else "no strength is within it"
+    )
+    return Figure(
+        f"Strength on the validation questions; dashed: the budget of {sweep.budget:g}; {chosen}.",
+        _figure(panels[0]),
+    )
+
+
+def _reliability(vector: SteeringVector) -> Figure:
+    from pullback.viz.curves import curve
+    from pullback.viz.drawing import new_axes
+    from pullback.viz.report import Figure
+
+    agreement = vector.provenance["agreement"]
+    blocks = [each["block"] for each in agreement]
+    axes = new_axes(5.4, 2.4)
+    for name, label in (
+        ("pairwise", "between pairs"),
+        ("to_direction", "to the direction"),
+        ("explained", "share explained"),
+    ):
+        curve(blocks, [each[name] for each in agreement], ax=axes, label=label)
+    axes.set_xlabel("block", fontsize=8)
+    axes.set_xticks(blocks)
+    axes.axhline(0, color="0.6", linewidth=0.6)
+    return Figure(
+        "Reliability by block: mean cosine of the pairs' displacements to each other and to the direction, and the "
+        "share of their squares along their first principal direction.",
+        _figure(axes),
+    )
+
+
+def _attributions(
+    vector: SteeringVector, pairs: Sequence[Any], tokenizer: Any, model: nn.Module | None
+) -> Tokens:
+    from pullback.viz.report import Tokens
+
+    if model is None:
+        raise InputError("the pairs' tokens need the model too; give model=.")
+    encoded = encode_pairs(model, tokenizer, pairs)
+    if vector.provenance.get("pairs_digest") != digest(encoded):
+        raise InputError(
+            "the vector was not fitted on these pairs; give those it was fitted on, or pairs=None."
         )
-        colour = f"C{number % 10}"
-        strengths, values = [each.setting.strength for each in points], [each.value for each in points]
-        axes.plot(
-            strengths, values, color=colour, linewidth=1.2, label="all blocks" if layers == "None" else layers
-        )
-        for each in points:
-            face = colour if each.within else "white"
-            axes.plot(
-                [each.setting.strength], [each.value], "o", color=colour, markerfacecolor=face, markersize=5
-            )
-    axes.axhline(found.unsteered, color="0.5", linewidth=0.9, linestyle=":", label="unsteered")
-    axes.set(xlabel="strength (hollow: over budget)", ylabel=found.criterion)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
+    strips = []
+    for pair, chosen in zip(encoded, vector.provenance["chosen"][:MOST_STRIPS], strict=False):
+        values = [0.0] * len(pair.ids)
+        for place, score, _ in (*chosen["positive"], *chosen["negative"]):
+            values[place] = score
+        answers = f"{_text(tokenizer, pair.preferred)} rather than {_text(tokenizer, pair.dispreferred)}"
+        name = f"pair {pair.number}: {answers}, contrast changes by {chosen['change']:.3g}, gap {chosen['gap']:.2g}"
+        strips.append((name, [_token(tokenizer, int(token)) for token in pair.ids], values))
+    left = len(encoded) - len(strips)
+    note = "The tokens that were chosen, by their attribution; the others are left white." + (
+        f" {left} more pairs are not shown." if left else ""
+    )
+    return Tokens("What speaks for and against the preferred answers", strips, note)
 
 
-def _strips(vector: SteeringVector, pairs: Sequence[Any], tokenizer: Any) -> Figure | None:
-    """The prompts of the first pairs, the chosen tokens coloured by their scores."""
-    chosen = vector.provenance.get("chosen")
-    if not chosen or not pairs:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _generations(evaluation: Evaluation) -> Section:
+    from pullback.viz.report import Table
 
-    from pullback.viz.tokens import token_strip
-
-    rows = []
-    for number, (pair, entry) in enumerate(zip(pairs[:_PAIRS_SHOWN], chosen, strict=False)):
-        pair = pair if isinstance(pair, Pair) else Pair(*pair)
-        if isinstance(pair.prompt, Mapping) or pair.image is not None:
-            continue  # image tokens have no words
-        ids = _prompt_ids(number, pair.prompt, tokenizer)
-        scores = [0.0] * len(ids)
-        for side in ("positive", "negative"):
-            for place, score, *_ in entry[side]:
-                scores[place] = float(score)
-        rows.append((_words(ids, tokenizer), scores))
-    if not rows:
-        return None
-    figure = Figure(figsize=(7.0, 0.2 + 0.75 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (words, scores) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        token_strip(words, scores, ax=axes)
-    return figure
+    conditions = list(dict.fromkeys(each.condition for each in evaluation.generations))
+    by_condition = {
+        name: [each for each in evaluation.generations if each.condition == name] for name in conditions
+    }
+    rows = [
+        [each[0].prompt, *(one.text for one in each)] for each in zip(*by_condition.values(), strict=True)
+    ]
+    names = ["before" if name == "none" else f"after, {name}" for name in conditions]
+    return Table("Greedy continuations", ["prompt", *names], rows)
 
 
-def _generations(evaluation: SteeringEvaluation, items: Sequence[Any], tokenizer: Any) -> list[list[str]]:
-    made = [each.continuations for each in evaluation.conditions.values() if each.continuations]
-    if not made or not items:
-        return []
-    rows = []
-    for number, item in enumerate(items[:_PAIRS_SHOWN]):
-        prompt = item[0] if isinstance(item, tuple) else item.prompt
-        shown = (
-            prompt if isinstance(prompt, str) else _text(_prompt_ids(number, prompt, tokenizer), tokenizer)
-        )
-        rows.append([shown, *(_text(continuations[number], tokenizer) for continuations in made)])
-    return rows
+def _figure(axes: Any) -> Any:
+    return axes.get_figure(root=True)
 
 
-def _prompt_ids(number: int, prompt: Any, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        words = getattr(tokenizer, "tokenizer", tokenizer)
-        return list(words(prompt)["input_ids"])
-    if isinstance(prompt, Mapping):
-        prompt = prompt["input_ids"]
-    return list(token_ids_of(number, "prompt", prompt, tokenizer))
+def _blocks(layers: Sequence[int]) -> str:
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"blocks {layers[0]} to {layers[-1]}"
+    return f"block{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _words(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    convert = getattr(getattr(tokenizer, "tokenizer", tokenizer), "convert_ids_to_tokens", None)
-    return [str(token) for token in convert(list(ids))] if convert else [str(each) for each in ids]
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    from .continuations import text_of
+
+    return text_of(tokenizer, ids).strip()
 
 
-def _text(ids: Sequence[int], tokenizer: Any) -> str:
-    decode = getattr(getattr(tokenizer, "tokenizer", tokenizer), "decode", None)
-    return str(decode(list(ids))) if decode else " ".join(map(str, ids))
+def _token(tokenizer: Any, token: int) -> str:
+    words = getattr(tokenizer, "tokenizer", None) or tokenizer
+    named = getattr(words, "convert_ids_to_tokens", None)
+    return str(named(token)) if callable(named) else f"{token} "

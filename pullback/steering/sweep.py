@@ -1,164 +1,196 @@
-"""Choosing blocks and strength on a validation split, under a budget for the damage done to other text."""
+"""Choosing strength and blocks of a steering vector on validation questions, under a budget of perplexity."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
 from torch import nn
 
-from pullback.core.errors import MethodError
+from pullback.core.errors import InputError, MethodError
 
-from .answers import Answered, Questions, Setting, answered
-from .blocks import Layers
-from .text_quality import neutral_text, token_batches
+from .blocks import find_blocks, select_layers
+from .measures import AnswerMeasures, answer_measures, neutral_text
+from .questions import encode_questions, require_disjoint
+from .scoring import Setting, answer_log_probs, require_eval
 from .vector import SteeringVector
 
-__all__ = ["SteeringSweep", "SweepPoint", "sweep"]
+__all__ = ["STRENGTHS", "Sweep", "SweepPoint", "require_budget", "sweep"]
 
-Criterion = Literal["margin", "log_prob", "mc1", "mc2"]
-SMALLEST_MASS = 0.9  # of what all answers have together without steering
+STRENGTHS = (0.1, 0.2, 0.4, 0.8)
+_MEASURES = ("margin_shift", "mc1", "mc2")
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting: the mean of the criterion, and what it costs.
+    """One strength at one choice of blocks, on the validation questions.
 
-    ``mass``: the probability of all answers together, over that without steering. ``perplexity_ratio``: on neutral
-    text; None without. ``within``: whether the budget is kept.
+    Attributes:
+        margin_shift, mc1, mc2, anti_steerable: means over questions, as in ``Evaluation``.
+        perplexity_ratio, divergence: on the neutral texts.
+        mass: the mean probability of all answers of a question together, over that without steering.
+        allowed: whether the ratio is within the budget, and the mass is not below the smallest.
     """
 
-    setting: Setting
-    value: float
+    strength: float
+    layers: tuple[int, ...]
+    margin_shift: float
+    mc1: float
+    mc2: float
+    anti_steerable: float
+    perplexity_ratio: float
+    divergence: float
     mass: float
-    perplexity_ratio: float | None
-    within: bool
+    allowed: bool
 
 
-@dataclass(frozen=True)
-class SteeringSweep:
-    """Every setting tried. ``best``: the best within the budget, the gentlest of equal ones; None where none is better
-    than no steering, whose value is ``unsteered``."""
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The points of a sweep, and the setting it chose.
+
+    Attributes:
+        points: in the order of blocks, then strengths.
+        best: the setting of the largest ``measure`` among the allowed points; strength 0 where none is allowed.
+        measure, budget: what was maximised, and under which perplexity ratio.
+        prompts: digests of the validation prompts, which ``evaluate`` refuses to test on.
+    """
 
     points: tuple[SweepPoint, ...]
-    unsteered: float
-    criterion: str
+    best: Setting
+    measure: str
+    budget: float
+    prompts: tuple[str, ...]
 
-    @property
-    def best(self) -> Setting | None:
-        able = [point for point in self.points if point.within and point.value > self.unsteered]
-        if not able:
-            return None
-        return min(able, key=lambda point: (-point.value, abs(point.setting.strength))).setting
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """One flat row per setting."""
-        return [
-            {"layers": point.setting.layers, "strength": point.setting.strength, self.criterion: point.value,
-             "mass": point.mass, "perplexity_ratio": point.perplexity_ratio, "within": point.within}
-            for point in self.points
-        ]  # fmt: skip
-
-    def __str__(self) -> str:
-        lines = [f"{'blocks':<24}{'strength':>9}{self.criterion:>11}{'mass':>8}{'ppl ratio':>11}"]
-        for point in self.points:
-            ratio = "" if point.perplexity_ratio is None else f"{point.perplexity_ratio:.3f}"
-            chosen = "  best" if point.setting == self.best else "" if point.within else "  over budget"
-            where = "all" if point.setting.layers is None else str(point.setting.layers)
-            lines.append(
-                f"{where:<24}{point.setting.strength:>9.3g}{point.value:>11.4f}{point.mass:>8.3f}{ratio:>11}{chosen}"
-            )
-        return "\n".join([*lines, f"unsteered {self.unsteered:.4f}"])
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in types JSON knows."""
+        return asdict(self)
 
 
 def sweep(
     model: nn.Module,
     tokenizer: Any,
     vector: SteeringVector,
-    items: Sequence[Any],
+    questions: Sequence[Any],
     *,
-    strengths: Sequence[float] = (0.1, 0.2, 0.4, 0.8),
-    layers: Sequence[Layers | None] | None = None,
-    criterion: Criterion = "margin",
-    neutral: Sequence[Any] = (),
+    neutral: Sequence[Any],
+    strengths: Sequence[float] = STRENGTHS,
+    layers: Sequence[Any] | None = None,
     budget: float = 1.05,
+    smallest_mass: float = 0.0,
+    measure: str = "margin_shift",
     setting: Setting | None = None,
     batch_size: int = 16,
     blocks: str | None = None,
-) -> SteeringSweep:
-    """Try a vector at every strength and choice of blocks on validation items.
-
-    A setting is within the budget where it multiplies the perplexity of neutral text by at most ``budget``, and leaves
-    the answers together 0.9 of their probability (a vector that makes all answers unlikely says nothing about them).
+) -> Sweep:
+    """The strength and blocks that steer validation questions most while neutral text stays as likely as before.
 
     Args:
-        items: validation items, neither fitted on nor reported on; see ``split_questions``.
-        strengths: as ``SteeringVector.apply`` takes them.
-        layers: choices of blocks; None is each of the middle third of the vector's, and all of them. The last block
-            alone is a bias on the logits, and is only tried where it is asked for.
-        criterion: whose mean is the largest: "margin", "log_prob", "mc1" or "mc2", as in ``evaluate``.
-        neutral, budget, batch_size, blocks: as in ``evaluate``.
-        setting: scale, scope and norm for all.
+        vector: with directions at all blocks in question.
+        questions: validation questions; they may be neither fitted on nor tested on afterwards.
+        neutral: texts for the perplexity ratio.
+        strengths: finite numbers.
+        layers: choices of blocks, each as ``SteeringVector.select`` takes them; None is every block in the middle
+            third alone, and the vector's blocks together. The last block alone is a bias on the logits.
+        budget: largest ratio of perplexities, steered over unsteered.
+        smallest_mass: of the answers' probability without steering, what they keep at least; 0.9 is good where the
+            answers are single words, so that a vector that makes all answers unlikely is not chosen.
+        measure: "margin_shift", "mc1" or "mc2"; of equal points the one with the larger margin shift, then the
+            weaker, is chosen.
+        setting: scale, scope and norm; its strength and blocks are not used.
+        batch_size, blocks: as in ``evaluate``.
 
-    Returns:
-        a SteeringSweep, whose ``best`` is a setting for ``evaluate``.
+    Raises InputError for no questions, no neutral text, or questions that were fitted on; MethodError for no strengths
+    or ones that are not finite.
 
-    Raises MethodError for no strengths, for one that is not positive, and for an unknown criterion.
+    Cost: questions and neutral texts once for each strength at each choice of blocks.
 
-    Cost: one forward per answer and setting, two per neutral text and setting.
-
-    >>> import torch
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import torch; from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    >>> vector = SteeringVector({0: torch.eye(8)[0]})
-    >>> len(sweep(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), None, vector, [([5, 6], 7, 8)]).points)
-    4
+    >>> model, vector = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), SteeringVector({1: torch.eye(8)[0]})
+    >>> len(sweep(model, None, vector, [([5, 6], 8, 9)], neutral=[[5, 7, 8]], strengths=[0.1, 0.2]).points)
+    2
     """
-    if criterion not in get_args(Criterion):
-        raise MethodError(
-            f"criterion={criterion!r}; expected one of {', '.join(map(repr, get_args(Criterion)))}."
-        )
-    if not strengths or not all(
-        isinstance(each, int | float) and not isinstance(each, bool) and 0 < each < float("inf")
-        for each in strengths
+    require_eval(model)
+    if measure not in _MEASURES:
+        raise MethodError(f"measure={measure!r}; expected one of {', '.join(map(repr, _MEASURES))}.")
+    if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not len(strengths):
+        raise MethodError(f"strengths={strengths!r}; expected a list of numbers such as [0.1, 0.2, 0.4].")
+    require_budget(budget)
+    if (
+        isinstance(smallest_mass, bool)
+        or not isinstance(smallest_mass, int | float)
+        or not smallest_mass >= 0
     ):
-        raise MethodError(f"strengths={strengths!r}; expected positive numbers such as (0.2, 0.4, 0.8).")
-    if not budget > 1:
-        raise MethodError(f"budget={budget!r}; expected a ratio of perplexities above 1, such as 1.05.")
-    choices = _middle_third(vector) if layers is None else list(layers)
-    questions = Questions.encoded(model, tokenizer, items)
-    texts = token_batches(tokenizer, neutral)
-    base = answered(model, tokenizer, questions, batch_size=batch_size)
-    plain = neutral_text(model, texts, blocks=blocks) if texts else None
+        raise MethodError(f"smallest_mass={smallest_mass!r}; expected a share such as 0.9, or 0 for none.")
+    if neutral is None:
+        raise InputError("neutral is None; expected texts on which the perplexity budget is measured.")
+    plain = replace(setting or Setting(), layers=None, strength=0.0)
+    settings = [replace(plain, strength=strength) for strength in strengths]  # refuses what is not finite
+    encoded = encode_questions(model, tokenizer, questions)
+    require_disjoint(
+        encoded, vector.provenance.get("prompts") or (), "are prompts that the vector was fitted on"
+    )
+    count = len(find_blocks(model, blocks))
+    choices = (
+        _middle_and_all(vector, count)
+        if layers is None
+        else [_chosen(each, vector, count) for each in layers]
+    )
+    if not choices:
+        raise MethodError("layers is empty; expected choices of blocks such as [4, 5, [4, 5, 6]].")
+
+    def answered(one: SteeringVector | None, at: Setting) -> Any:
+        log_probs = answer_log_probs(model, tokenizer, encoded, one, at, batch_size=batch_size, blocks=blocks)
+        return answer_measures(encoded, log_probs)
+
+    places = [(vector.select(list(choice)), at) for choice in choices for at in settings]
+    texts = neutral_text(model, tokenizer, neutral, places, batch_size=batch_size, blocks=blocks)
+    base = answered(None, plain)
     points = []
-    for chosen in choices:
-        for strength in strengths:
-            tried = replace(setting or Setting(), strength=float(strength), layers=chosen)
-            found = answered(model, tokenizer, questions, vector, tried, batch_size=batch_size, blocks=blocks)
-            mass = float(found.mass().mean() / base.mass().mean())
-            ratio = None
-            if plain is not None:
-                ratio = neutral_text(model, texts, vector, tried, blocks=blocks).perplexity / plain.perplexity
-            within = mass >= SMALLEST_MASS and (ratio is None or ratio <= budget)
-            points.append(SweepPoint(tried, _value(found, criterion), mass, ratio, within))
-    return SteeringSweep(tuple(points), _value(base, criterion), criterion)
+    for (one, at), text in zip(places, texts, strict=True):
+        found = answered(one, at)
+        shift = found.margin - base.margin
+        mass = _mass(found) / _mass(base)
+        points.append(
+            SweepPoint(
+                at.strength,
+                one.layers,
+                float(shift.mean()),
+                float(found.mc1.mean()),
+                float(found.mc2.mean()),
+                float(np.where(np.isnan(shift), np.nan, shift < 0).mean()),
+                text.ratio,
+                text.divergence,
+                mass,
+                text.ratio <= budget and mass >= smallest_mass,
+            )
+        )
+    allowed = [point for point in points if point.allowed and math.isfinite(point.margin_shift)]
+    best = plain
+    if allowed:
+        top = max(allowed, key=lambda p: (getattr(p, measure), p.margin_shift, -abs(p.strength)))
+        best = replace(plain, strength=top.strength, layers=top.layers)
+    return Sweep(tuple(points), best, measure, float(budget), tuple(q.digest for q in encoded))
 
 
-def _value(found: Answered, criterion: Criterion) -> float:
-    values = {
-        "margin": found.margins,
-        "log_prob": found.preferred,
-        "mc1": found.mc1,
-        "mc2": found.mc2,
-    }[criterion]()
-    return float(values.mean())
+def _mass(found: AnswerMeasures) -> float:
+    """The mean over questions of Σ p over all answers."""
+    return float((np.exp(found.log_prob) + np.exp(found.log_prob - found.margin)).mean())
 
 
-def _middle_third(vector: SteeringVector) -> list[Layers | None]:
-    layers = vector.layers
-    if len(layers) == 1:
-        return [None]
-    third = len(layers) // 3
-    middle = layers[third : len(layers) - third] if third else layers[:-1]
-    return [*([layer] for layer in middle), None] if len(middle) > 1 or third else [None]
+def require_budget(budget: Any) -> None:
+    """Raise MethodError for what is no ratio of perplexities."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise MethodError(f"budget={budget!r}; expected a ratio of perplexities such as 1.05.")
+
+
+def _chosen(choice: Any, vector: SteeringVector, count: int) -> tuple[int, ...]:
+    return vector.select(select_layers(choice, count)).layers
+
+
+def _middle_and_all(vector: SteeringVector, count: int) -> list[tuple[int, ...]]:
+    middle = [(layer,) for layer in vector.layers if count // 3 <= layer < count - count // 3]
+    return list(dict.fromkeys([*middle, vector.layers]))

@@ -1,157 +1,138 @@
-"""Questions with right and wrong answers: TruthfulQA from a file, and splits that do not overlap."""
+"""TruthfulQA for a steering vector: fitted, chosen and tested on questions that have nothing in common."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
-from pullback.core.errors import FormatError, InputError
+from pullback.core.errors import MethodError
 
-from .answers import Question
+from .directions import fit
+from .evaluate import evaluate
 from .pairs import Pair
+from .questions import Question
+from .results import Evaluation
+from .scoring import Setting
+from .sweep import STRENGTHS, Sweep, sweep
+from .vector import SteeringVector
 
-__all__ = ["contrastive_pairs", "load_truthfulqa", "split_questions"]
+if TYPE_CHECKING:
+    from pullback.datasets import QuestionSplit, TruthfulQuestion
 
-_COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
-Item = TypeVar("Item")
+__all__ = ["TEMPLATE", "TruthfulQAResult", "truthful_pairs", "truthful_questions", "truthfulqa"]
+
+TEMPLATE = "Q: {question}\nA:"
 
 
-def load_truthfulqa(
-    path: str | os.PathLike[str], prompt: str = "Q: {question}\nA:", answer: str = " {answer}"
-) -> list[Question]:
-    """TruthfulQA's questions, from its TruthfulQA.csv or mc_task.json.
+@dataclass(frozen=True, eq=False)
+class TruthfulQAResult:
+    """The vector, the sweep that chose its setting on the validation questions, and its evaluation on the test."""
 
-    The first right answer is the "Best Answer" of the CSV, or the right one of MC1. Categories are the groups. Prompts
-    and answers are set with the templates; those of the paper's protocol put six more examples before.
+    vector: SteeringVector
+    sweep: Sweep
+    evaluation: Evaluation
+    split: QuestionSplit[TruthfulQuestion]
+
+
+def truthful_pairs(questions: Sequence[TruthfulQuestion], template: str = TEMPLATE) -> list[Pair]:
+    """Pairs to fit on: the best answer against the best incorrect one, a space before either.
+
+    >>> from pullback.datasets import TruthfulQuestion
+    >>> truthful_pairs([TruthfulQuestion("Why?", "", "", "No reason", "Magic", ("No reason",), ("Magic",))])[0].prompt
+    'Q: Why?\\nA:'
+    """
+    prompts = _prompts(questions, template)
+    return [
+        Pair(prompt, f" {each.best}", f" {each.best_incorrect}")
+        for prompt, each in zip(prompts, questions, strict=True)
+    ]
+
+
+def truthful_questions(questions: Sequence[TruthfulQuestion], template: str = TEMPLATE) -> list[Question]:
+    """Questions for MC1 and MC2: all correct answers against all incorrect ones, the best one for MC1."""
+    prompts = _prompts(questions, template)
+    return [
+        Question(
+            prompt,
+            [f" {a}" for a in each.correct],
+            [f" {a}" for a in each.incorrect],
+            each.correct.index(each.best),
+        )
+        for prompt, each in zip(prompts, questions, strict=True)
+    ]
+
+
+def truthfulqa(
+    model: nn.Module,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    method: str = "grains",
+    *,
+    fit_questions: int = 50,
+    validation_questions: int = 100,
+    test_questions: int | None = None,
+    template: str = TEMPLATE,
+    fit_settings: Mapping[str, Any] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    layers: Sequence[Any] | None = None,
+    setting: Setting | None = None,
+    neutral: Sequence[Any] | None = None,
+    budget: float = 1.05,
+    random_draws: int = 20,
+    generations: int = 0,
+    instruction: str | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    blocks: str | None = None,
+) -> TruthfulQAResult:
+    """Fit a vector to some questions of TruthfulQA, choose its setting on others and test it on the rest.
 
     Args:
-        path: the file, as the authors publish it.
-        prompt: template with "{question}".
-        answer: template with "{answer}"; a tokenizer that merges spaces wants one here.
+        model: a causal language model in eval mode, and its ``tokenizer``.
+        path: of ``TruthfulQA.csv``.
+        method, fit_settings: of ``fit``.
+        fit_questions, validation_questions, test_questions: how many; None is all that are left.
+        template: of the prompts, "{question}" in it. Published figures put six solved examples before it, so figures
+            with this one are not to be compared with them.
+        strengths, layers, budget: of ``sweep``.
+        setting: scale, scope and norm.
+        neutral: texts for perplexity; None is ``pullback.datasets.neutral_sentences()``.
+        random_draws, generations, instruction: of ``evaluate``.
+        seed: of the split, of random methods and of the bootstrap.
 
-    Raises FormatError where a column is missing or a row has no right or no wrong answer.
+    Raises what ``load_truthfulqa``, ``split_questions``, ``fit``, ``sweep`` and ``evaluate`` raise.
 
-    Source: Lin, Hilton, Evans 2022, TruthfulQA (arXiv:2109.07958); github.com/sylinrl/TruthfulQA.
-
-    >>> import tempfile, pathlib
-    >>> text = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\\nLaw,Why?,So,So; Thus,No"
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "t.csv")
-    >>> _ = path.write_text(text.replace("\\n", chr(10)))
-    >>> load_truthfulqa(path)[0].correct
-    (' So', ' Thus')
+    Cost: of ``fit``; the validation questions at each strength and choice of layers; the test questions about 25 times.
     """
-    found = []
-    rows = _of_json(Path(path)) if Path(path).suffix == ".json" else _of_csv(Path(path))
-    for question, category, correct, incorrect in rows:
-        if not correct or not incorrect:
-            raise FormatError(
-                f'{path}: "{question}" has {len(correct)} right and {len(incorrect)} wrong answers; expected at least '
-                "one of each."
-            )
-        found.append(
-            Question(
-                prompt.format(question=question),
-                tuple(answer.format(answer=each) for each in correct),
-                tuple(answer.format(answer=each) for each in incorrect),
-                group=category,
-            )
+    from pullback.datasets import load_truthfulqa, neutral_sentences, split_questions
+
+    split = split_questions(
+        load_truthfulqa(path), fit_questions, validation_questions, test_questions, seed=seed
+    )
+    pairs = truthful_pairs(split.fit, template)
+    texts = neutral_sentences() if neutral is None else neutral
+    common: dict[str, Any] = {"batch_size": batch_size, "blocks": blocks}
+    settings: dict[str, Any] = {"seed": seed, "blocks": blocks, **(fit_settings or {})}
+    vector = fit(model, tokenizer, pairs, method, **settings)  # type: ignore[arg-type]
+    chosen = sweep(
+        model, tokenizer, vector, truthful_questions(split.validation, template), neutral=texts, strengths=strengths,
+        layers=layers, budget=budget, setting=setting, **common,
+    )  # fmt: skip
+    evaluation = evaluate(
+        model, tokenizer, vector, truthful_questions(split.test, template), setting=chosen, fit_pairs=pairs,
+        neutral=texts, budget=budget, random_draws=random_draws, generations=generations, instruction=instruction,
+        seed=seed, **common,
+    )  # fmt: skip
+    return TruthfulQAResult(vector, chosen, evaluation, split)
+
+
+def _prompts(questions: Sequence[TruthfulQuestion], template: str) -> list[str]:
+    if not isinstance(template, str) or "{question}" not in template:
+        raise MethodError(
+            f'template={template!r}; expected text with "{{question}}" in it, such as {TEMPLATE!r}.'
         )
-    return found
-
-
-def _of_csv(path: Path) -> list[tuple[str, str, list[str], list[str]]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or [])]:
-            raise FormatError(
-                f"{path} has no column {missing[0]!r}; expected TruthfulQA.csv, with {list(_COLUMNS)}."
-            )
-        rows = list(reader)
-    found = []
-    for row in rows:
-        best = row["Best Answer"].strip()
-        correct = [best, *_listed(row["Correct Answers"])]
-        incorrect = [each for each in _listed(row["Incorrect Answers"]) if each not in correct]
-        found.append(
-            (
-                row["Question"].strip(),
-                row.get("Category") or "",
-                list(dict.fromkeys(filter(None, correct))),
-                incorrect,
-            )
-        )
-    return found
-
-
-def _of_json(path: Path) -> list[tuple[str, str, list[str], list[str]]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        found = []
-        for entry in entries:
-            one, all_of = entry["mc1_targets"], entry["mc2_targets"]
-            correct = [each for each, right in {**one, **all_of}.items() if right]
-            best = next(each for each, right in one.items() if right)
-            incorrect = [each for each, right in {**one, **all_of}.items() if not right]
-            found.append(
-                (entry["question"], "", list(dict.fromkeys([best, *correct])), list(dict.fromkeys(incorrect)))
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise FormatError(
-            f'{path} is no mc_task.json ({type(error).__name__}: {error}); expected a list of objects with "question", '
-            '"mc1_targets" and "mc2_targets".'
-        ) from error
-    return found
-
-
-def _listed(cell: str) -> list[str]:
-    return [part.strip() for part in cell.split(";") if part.strip()]
-
-
-def split_questions(items: Sequence[Item], sizes: Sequence[int], seed: int = 0) -> tuple[list[Item], ...]:
-    """Disjoint random parts of so many items each, to fit, to validate and to report on.
-
-    Items with one prompt come into one part, so that no part tells of another. A size of -1 takes the rest.
-
-    Raises InputError where the items do not suffice, or for more than one -1.
-
-    >>> [len(part) for part in split_questions([([5, n], 7, 8) for n in range(10)], (3, 2, -1))]
-    [3, 2, 5]
-    """
-    prompts: dict[str, list[Item]] = {}
-    for item in items:
-        prompt = item[0] if isinstance(item, tuple) else getattr(item, "prompt", item)
-        prompts.setdefault(repr(prompt), []).append(item)
-    groups = list(prompts.values())
-    asked = sum(size for size in sizes if size >= 0)
-    if sum(size < 0 for size in sizes) > 1 or any(size == 0 for size in sizes) or asked > len(groups):
-        raise InputError(
-            f"sizes={tuple(sizes)} of {len(groups)} different prompts; expected positive sizes that they suffice for, "
-            "with at most one -1 for the rest."
-        )
-    order: list[int] = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts, start = [], 0
-    for size in sizes:
-        stop = start + (size if size >= 0 else len(groups) - asked)
-        parts.append([item for number in order[start:stop] for item in groups[number]])
-        start = stop
-    return tuple(parts)
-
-
-def contrastive_pairs(questions: Sequence[Question], per_question: int = 1) -> list[Pair]:
-    """Pairs to fit on: the answer to prefer against the first so many wrong ones of each question.
-
-    >>> from pullback.steering import Question
-    >>> [pair.dispreferred for pair in contrastive_pairs([Question([5], (7,), (8, 9))], per_question=2)]
-    [8, 9]
-    """
-    return [
-        Pair(asked.prompt, asked.correct[0], wrong, asked.image)
-        for asked in questions
-        for wrong in asked.incorrect[:per_question]
-    ]
+    return [template.replace("{question}", each.question) for each in questions]

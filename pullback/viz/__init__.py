@@ -4,7 +4,7 @@ from pullback.viz.components import components, levels
 from pullback.viz.curves import bars, curve
 from pullback.viz.image import heat_map, overlay
 from pullback.viz.leaderboard import level_curves, metric_bars, rank_table
-from pullback.viz.report import Attributions, Figure, Prose, Table, write_report
+from pullback.viz.report import Attributions, Figure, Prose, Table, Tokens, write_report
 from pullback.viz.series import series
 from pullback.viz.spectrum import spectrum, time_frequency
 from pullback.viz.tokens import html_spans, token_strip
@@ -14,6 +14,7 @@ __all__ = [
     "Figure",
     "Prose",
     "Table",
+    "Tokens",
     "bars",
     "components",
     "curve",

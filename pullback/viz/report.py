@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
     from pullback.result import Attribution
 
-__all__ = ["Attributions", "Figure", "Prose", "Section", "Table", "environment", "fragment", "write_report"]
+__all__ = [
+    "Attributions",
+    "Figure",
+    "Prose",
+    "Section",
+    "Table",
+    "Tokens",
+    "environment",
+    "fragment",
+    "write_report",
+]
 
 _LARGEST_PICTURE = 320  # pixels a side: larger maps are averaged down for the page
 
@@ -70,7 +80,16 @@ class Attributions:
     bands: Any = None  # marked on frequency axes: a Bands, or name -> (low, high)
 
 
-Section = Prose | Table | Figure | Attributions
+@dataclass(frozen=True)
+class Tokens:
+    """Strips of tokens on the colours of their signed values, each strip under its name."""
+
+    caption: str
+    strips: Sequence[tuple[str, Sequence[str], Sequence[float]]]
+    note: str = ""
+
+
+Section = Prose | Table | Figure | Attributions | Tokens
 
 
 def write_report(
@@ -115,6 +134,12 @@ def _prepared(section: Section) -> dict[str, Any]:
         return {"kind": "table", **_table(section)}
     if isinstance(section, Figure):
         return {"kind": "figure", "caption": section.caption, "picture": _figure_png(section.figure)}
+    if isinstance(section, Tokens):
+        strips = [
+            {"name": name, "spans": html_spans(tokens, values, percentile=100.0)}
+            for name, tokens, values in section.strips
+        ]
+        return {"kind": "tokens", "caption": section.caption, "note": section.note, "strips": strips}
     return {"kind": "attributions", **_attributions(section)}
 
 

@@ -1,443 +1,416 @@
-"""Steering evaluation against closed forms and slow loops: likelihoods of answers, controls, flags, splits."""
+"""Evaluation: against loops over the model, flags that fire when and only when they should, and refusals."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-import math
+import warnings
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from pullback.core.errors import FormatError, InputError, MethodError, ModelError
-from pullback.evaluation import bootstrap_interval
-from pullback.steering import (
-    Pair,
-    Question,
-    Setting,
-    SteeringVector,
-    contrastive_pairs,
-    evaluate,
-    fit,
-    load_truthfulqa,
-    split_questions,
-    sweep,
-)
-from pullback.steering.answers import Answered, Questions, answered
-from pullback.steering.evaluate import random_directions
-from pullback.steering.text_quality import degeneration, neutral_text
-from tests.conformance.fingerprint import assert_untouched
-from tests.data_root import data_root
-from tests.steering.models import built, random_vector
+from pullback import InputError, MethodError, ModelError
+from pullback.steering import Evaluation, Question, Setting, SteeringVector, evaluate, fit, sweep
+from pullback.steering.baselines import random_directions
+from pullback.steering.results import Row
+from tests.steering.models import built, hooks, random_vector
+from tests.steering.tiny import BAD, GOOD, llama, pairs, prompts, towards
 
-ITEMS = [
-    Question([5, 6, 7], ([8, 9], [10]), ([11, 12, 13], [14])),
-    Question([6, 7, 8, 9, 10], ([5],), ([7, 7],)),
-    Question([11], ([12, 4],), ([5, 6], [9], [8, 8, 8])),
-]
-TEXTS = [[5, 9, 6, 10, 7], [12, 4, 5, 6, 7, 8, 9]]
+NEUTRAL = [[1, 5, 6, 7, 8], [1, 9, 10, 11]]
+LAST = Setting(0.8, (2,))
 
 
-def by_hand(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
-    """log p of an answer, one token and one forward at a time."""
-    total, ids = 0.0, list(prompt)
-    for token in answer:
+def margins(model: Any, asked: Any, vector: Any = None, strength: float = 0.0) -> list[float]:
+    """log p(GOOD) - log p(BAD), one prompt at a time."""
+    found = []
+    for pair in asked:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        total += float(logits.log_softmax(-1)[token])
-        ids.append(token)
-    return total
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "bloom"])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_answers_are_scored_token_by_token(name: str, batch_size: int) -> None:
-    model, _ = built(name, double=True)
-    questions = Questions.encoded(model, None, ITEMS)
-    with assert_untouched(model, {"input_ids": torch.tensor([[5, 6]])}):
-        found = answered(model, None, questions, batch_size=batch_size)
-    expected = [
-        by_hand(model, item.prompt, list(answer))
-        for item in ITEMS
-        for answer in (*item.correct, *item.incorrect)
-    ]
-    # float64; rotary tables and Mamba's recurrence are float32
-    torch.testing.assert_close(
-        found.log_probs, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
-def test_steered_answers_are_scored_token_by_token(scope: Any) -> None:
-    """Without a cache, each prompt with the answer so far is a new prompt: the mask says where it was steered."""
-    model, _ = built("llama", double=True)
-    vector = random_vector(model)
-    setting = Setting(0.7, layers=[1], scope=scope)
-    found = answered(model, None, Questions.encoded(model, None, ITEMS), vector, setting, batch_size=3)
-    expected = []
-    for item in ITEMS:
-        for answer in (*item.correct, *item.incorrect):
-            mask = torch.zeros(20, dtype=torch.bool)
-            start = len(item.prompt)
-            mask[:start] = scope in ("all", "prompt")
-            mask[start:] = scope in ("all", "generated")
-            with vector.apply(model, 0.7, layers=[1], scope=mask):
-                expected.append(by_hand(model, item.prompt, list(answer)))
-    torch.testing.assert_close(
-        found.log_probs, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_an_encoder_decoder_answers_in_its_decoder() -> None:
-    model, _ = built("t5", double=True)
-    found = answered(model, None, Questions.encoded(model, None, ITEMS[:2]), batch_size=8)
-    expected = []
-    for item in ITEMS[:2]:
-        for answer in (*item.correct, *item.incorrect):
-            ids = [int(model.config.decoder_start_token_id), *answer]  # type: ignore[union-attr, arg-type]
-            with torch.no_grad():
-                logits = model(
-                    input_ids=torch.tensor([item.prompt]), decoder_input_ids=torch.tensor([ids[:-1]])
-                ).logits[0]
-            expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
-    torch.testing.assert_close(
-        found.log_probs, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
-    )
-
-
-def answered_as(log_probs: list[float], lengths: list[float]) -> Answered:
-    """Two questions: right answers 0 and 1 and wrong ones 2 and 3 of the first; right 4, wrong 5 of the second."""
-    questions = Questions(
-        [], torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([True, True, False, False, True, False]),
-        torch.tensor([0, 4]), [(), ()],
-    )  # fmt: skip
-    return Answered(
-        questions, torch.tensor(log_probs, dtype=torch.float64), torch.tensor(lengths, dtype=torch.float64)
-    )
-
-
-def test_multiple_choice_of_given_probabilities() -> None:
-    p = [0.2, 0.3, 0.25, 0.05, 0.01, 0.03]
-    found = answered_as([math.log(each) for each in p], [1, 2, 4, 1, 2, 1])
-    assert found.mc1().tolist() == [0.0, 0.0]
-    torch.testing.assert_close(found.mc2(), torch.tensor([0.5 / 0.8, 0.25], dtype=torch.float64))
-    torch.testing.assert_close(
-        found.margins(), torch.tensor([math.log(0.2 / 0.25), math.log(1 / 3)], dtype=torch.float64)
-    )
-    torch.testing.assert_close(found.mass(), torch.tensor([0.8, 0.04], dtype=torch.float64))
-    per_token = [math.log(each) / length for each, length in zip(p, [1, 2, 4, 1, 2, 1], strict=True)]
-    mass = [math.exp(each) for each in per_token]
-    expected = [(mass[0] + mass[1]) / sum(mass[:4]), mass[4] / sum(mass[4:])]
-    torch.testing.assert_close(found.mc2(per_token=True), torch.tensor(expected, dtype=torch.float64))
-    # 0.1 a token beats 0.03
-    assert found.mc1(per_token=True).tolist() == [0.0, 1.0]
-
-
-class Bigram(nn.Module):
-    """Logits of the next token are a table's row of this one, in float64; no blocks."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.table = nn.Parameter(table)
-
-    def forward(self, input_ids: Tensor) -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(logits=self.table[input_ids])
-
-
-def test_perplexity_and_divergence_by_hand() -> None:
-    table = torch.randn(13, 13, generator=torch.Generator().manual_seed(0))
-    model = Bigram(table).eval()
-    found = neutral_text(model, [torch.tensor(text) for text in TEXTS])
-    loss = [-float(table.log_softmax(1)[a, b]) for text in TEXTS for a, b in pairwise(text)]
-    assert found.perplexity == pytest.approx(math.exp(sum(loss) / 10), rel=1e-6)
-    assert found.divergence == 0
-
-
-def test_the_divergence_is_from_the_model_as_it_is() -> None:
-    model, _ = built("llama")
-    vector = random_vector(model)
-    setting = Setting(0.8)
-    found = neutral_text(model, [torch.tensor(TEXTS[0])], vector, setting)
-    with torch.no_grad():
-        plain = model(input_ids=torch.tensor(TEXTS[:1])).logits[0, :-1].double().softmax(-1)
-        with vector.apply(model, 0.8):
-            steered = model(input_ids=torch.tensor(TEXTS[:1])).logits[0, :-1].double().softmax(-1)
-    expected = float((plain * (plain / steered).log()).sum(1).mean())
-    assert found.divergence == pytest.approx(expected, rel=1e-4)
-    assert expected > 1e-3
-    assert neutral_text(model, [torch.tensor(TEXTS[0])], vector, Setting(0.0)).divergence == 0
+            if vector is None:
+                logits = model(torch.tensor([pair.prompt])).logits[0, -1]
+            else:
+                with vector.apply(model, strength):
+                    logits = model(torch.tensor([pair.prompt])).logits[0, -1]
+        found.append(float(logits[GOOD] - logits[BAD]))
+    return found
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    generator = torch.Generator().manual_seed(3)
-    return [Pair(torch.randint(4, 30, (6,), generator=generator).tolist(), 8, 9) for _ in range(12)]
-
-
-@pytest.fixture(scope="module")
-def llama() -> nn.Module:
-    model, _ = built("llama")
-    return model
-
-
-def test_every_condition_beside_what_it_is(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = fit(llama, None, pairs[:6], "mean_grad")
-    setting = Setting(0.5, layers=[0, 1])
-    with assert_untouched(llama, {"input_ids": torch.tensor([[5, 6]])}):
-        found = evaluate(
-            llama, None, {"mine": vector}, pairs[6:], setting=setting, fit_pairs=pairs[:6], neutral=TEXTS, draws=5,
-            generate=3,
+def found() -> Evaluation:
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return evaluate(
+            model, None, {"good": towards(model), "bad": towards(model, sign=-1.0)}, pairs(24, 1), setting=LAST,
+            fit_pairs=pairs(4, 2), neutral=NEUTRAL, budget=1e9, generations=2, tokens=6, samples=300,
         )  # fmt: skip
-    assert list(found.conditions) == [
-        "none", "mine", "random_tokens", "mean_diff", "mean_grad", "random directions",
-    ]  # fmt: skip
-    base = [by_hand(llama, pair.prompt, [8]) - by_hand(llama, pair.prompt, [9]) for pair in pairs[6:]]
-    after = []
-    for pair in pairs[6:]:
-        with vector.apply(llama, 0.5):
-            after.append(by_hand(llama, pair.prompt, [8]) - by_hand(llama, pair.prompt, [9]))
-    shift = torch.tensor(after) - torch.tensor(base)
-    mine = found.conditions["mine"].values
-    torch.testing.assert_close(mine["margin_shift"], shift.double(), rtol=1e-4, atol=1e-5)
-    assert mine["win_rate"].tolist() == (shift > 0).double().tolist()
-    assert mine["anti_steerable"].tolist() == (shift < 0).double().tolist()
-    assert found.intervals["mine"]["margin_shift"] == bootstrap_interval(mine["margin_shift"])
-    # the control that is the vector does what the vector does
-    torch.testing.assert_close(found.conditions["mean_grad"].values["margin"], mine["margin"])
-    assert found.conditions["none"].values["margin_shift"].abs().max() == 0
-    assert found.conditions["none"].values["win_rate"].eq(0.5).all()
-    drawn = found.conditions["random directions"]
-    one = random_directions(vector, 5)[3]
-    again = evaluate(llama, None, {"one": one}, pairs[6:], setting=setting, draws=2)
-    assert float(drawn.draws["margin_shift"][3]) == pytest.approx(again.mean("one", "margin_shift"), rel=1e-9)
-    ordered = drawn.draws["margin_shift"].sort().values
-    low, high = drawn.band("margin_shift")
-    assert ordered[0] <= low < high <= ordered[-1]
-    # of five, 2.5 % is a tenth of the way from the least to the next
-    assert low == pytest.approx(float(ordered[0] + 0.1 * (ordered[1] - ordered[0])))
-    assert [len(ids) for ids in found.conditions["mine"].continuations] == [3] * 6
-    assert found.conditions["mine"].facts["perplexity_ratio"] > 0
-    assert found.conditions["mine"].facts["kl"] > 0
 
 
-def test_batches_do_not_matter_and_equal_calls_are_equal(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = random_vector(llama)
-    one, many = (evaluate(llama, None, vector, pairs, draws=3, batch_size=size) for size in (1, 7))
-    for name, condition in one.conditions.items():
-        for metric, values in condition.values.items():
-            torch.testing.assert_close(values, many.conditions[name].values[metric], rtol=1e-4, atol=1e-5)
+def test_margins_and_shares_by_a_loop(found: Evaluation) -> None:
+    model, asked = llama(), pairs(24, 1)
+    base = np.array(margins(model, asked))
+    for name, sign in (("good", 1.0), ("bad", -1.0)):
+        shift = np.array(margins(model, asked, towards(model, sign=sign), 0.8)) - base
+        # float32 directions, float64 model
+        np.testing.assert_allclose(found.questions[name]["margin_shift"], shift, atol=1e-9)
+        assert found.value(name, "margin_shift") == pytest.approx(shift.mean(), abs=1e-9)
+        assert found.value(name, "anti_steerable") == (shift < 0).mean()
+        assert found.value(name, "win_rate") == (shift > 0).mean()
+        assert found.value(name, "mc1") == (base + shift > 0).mean()
+        assert found.value(name, "mc2") == pytest.approx((1 / (1 + np.exp(-base - shift))).mean(), abs=1e-9)
+    assert found.value("good", "margin_shift") > 0 > found.value("bad", "margin_shift")
 
 
-def test_failures_are_flagged(llama: nn.Module, pairs: list[Pair]) -> None:
-    good = fit(llama, None, pairs, "mean_grad")
-    steering = evaluate(llama, None, good, pairs, setting=Setting(0.8), draws=20)
-    assert steering.flags == (
-        "random_tokens, mean_diff and mean_grad are missing: give fit_pairs, and they are fitted on these.",
+def test_without_steering_it_is_the_plain_model(found: Evaluation) -> None:
+    base = np.array(margins(llama(), pairs(24, 1)))
+    np.testing.assert_allclose(found.questions["none"]["margin"], base, atol=1e-12)
+    for measure, value in (
+        ("margin_shift", 0), ("log_prob_shift", 0), ("win_rate", 0.5), ("anti_steerable", 0),
+        ("perplexity_ratio", 1), ("divergence", 0),
+    ):  # fmt: skip
+        assert found.value("none", measure) == value
+    zero = evaluate(llama(), None, towards(llama()), pairs(4, 1), setting=Setting(0.0), random_draws=2)
+    assert zero.value("given", "margin_shift") == 0.0
+    np.testing.assert_array_equal(zero.questions["given"]["margin"], zero.questions["none"]["margin"])
+
+
+def test_the_random_band_is_the_percentiles_of_its_draws(found: Evaluation) -> None:
+    """Drawn anew and applied by hand, at the vector's block and length."""
+    model, asked = llama(), pairs(24, 1)
+    base = np.mean(margins(model, asked))
+    draws = random_directions(towards(model), 20, seed=0)
+    assert all(draw.layers == (2,) and draw.directions[2].norm() == pytest.approx(1.0) for draw in draws)
+    shifts = [np.mean(margins(model, asked, draw, 0.8)) - base for draw in draws]
+    row = found.row("random", "margin_shift")
+    np.testing.assert_allclose([row.low, row.high], np.percentile(shifts, [2.5, 97.5]), atol=1e-9)
+    assert (row.estimate, row.count) == (pytest.approx(np.mean(shifts), abs=1e-9), 20)
+    assert len({round(shift, 9) for shift in shifts}) == 20
+
+
+def test_intervals_resample_questions_in_pairs(found: Evaluation) -> None:
+    """As scipy resamples them, up to the noise of 300 resamples: a tenth of the interval is four times that."""
+    from scipy.stats import bootstrap
+
+    shift = found.questions["good"]["margin_shift"]
+    wanted = bootstrap((shift,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    row = found.row("good", "margin_shift")
+    assert row.low is not None
+    assert row.high is not None
+    np.testing.assert_allclose([row.low, row.high], wanted, atol=0.15 * (wanted.high - wanted.low))
+
+
+def test_every_baseline_is_in_the_table_at_the_same_angle(found: Evaluation) -> None:
+    model, asked = llama(), pairs(24, 1)
+    assert found.conditions == (
+        "none", "good", "bad", "prompt", "random", "random_tokens", "mean_diff", "mean_grad",
+    )  # fmt: skip
+    gradient = fit(model, None, pairs(4, 2), "mean_grad", layers=[2])
+    base = np.mean(margins(model, asked))
+    shift = np.mean(margins(model, asked, gradient, 0.8)) - base
+    assert found.value("mean_grad", "margin_shift") == pytest.approx(shift, abs=1e-9)
+    # three fitted prompts with their answers, then the question, behind one begin token
+    shown = [token for pair in pairs(4, 2)[:3] for token in [*pair.prompt[1:], GOOD]]
+    longer = [replace(pair, prompt=[1, *shown, *pair.prompt[1:]]) for pair in asked]
+    wanted = np.mean(margins(model, longer)) - base
+    assert found.value("prompt", "margin_shift") == pytest.approx(wanted, abs=1e-9)
+
+
+def test_an_instruction_stands_in_for_the_pairs() -> None:
+    model, asked = llama(), pairs(3, 1)
+    found = evaluate(model, None, towards(model), asked, instruction=[20, 21], random_draws=0)
+    longer = [replace(pair, prompt=[1, 20, 21, *pair.prompt[1:]]) for pair in asked]
+    wanted = np.mean(margins(model, longer)) - np.mean(margins(model, asked))
+    assert found.value("prompt", "margin_shift") == pytest.approx(wanted, abs=1e-9)
+    assert found.row("mean_diff", "margin_shift").estimate is None
+    assert {flag.name: flag for flag in found.flags}["not_compared"].text.endswith(
+        "random_tokens, mean_diff, mean_grad, random."
     )
-    against = evaluate(
-        llama, None, -good, pairs, setting=Setting(0.8), draws=20, neutral=[[8, 8, 8]], budget=1 + 1e-12
-    )
-    text = "\n".join(against.flags)
-    assert "vector is not better than random directions: it moves the margin by -" in text
-    assert "vector may do nothing: the interval of its margin shift is [-" in text
-    assert "vector moves 100% of the items the wrong way." in text
-    told = replace(
-        good,
-        provenance={
-            "completeness": {"relative_gap": 0.4},
-            "agreement": [{"pairwise": 0.02}, {"pairwise": 0.05}],
-        },
-    )
-    text = "\n".join(evaluate(llama, None, told, pairs, draws=2).flags)
-    assert "completeness gap is 0.40" in text
-    assert "hardly agree (mean cosine at most 0.05)" in text
-    controlled = evaluate(llama, None, -good, pairs[6:], fit_pairs=pairs[:6], draws=2)
-    assert "vector is not better than mean_grad" in "\n".join(controlled.flags)
 
 
-def test_the_perplexity_budget_is_flagged(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = random_vector(llama)
+def test_generations_before_and_after(found: Evaluation) -> None:
+    model = llama()
+    every = [each for each in found.generations if each.condition == "good"]
+    assert len(every) == 2
+    for each, prompt in zip(every, prompts(2, 1), strict=True):
+        assert each.prompt == " ".join(map(str, prompt))
+        ids = torch.tensor([prompt])
+        with torch.no_grad(), towards(model).apply(model, 0.8):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        new = out[0, len(prompt) :].tolist()
+        new = new[: new.index(2)] if 2 in new else new
+        assert each.text == " ".join(map(str, new))
+    assert found.row("good", "length").count == 2
+
+
+def names(found: Evaluation, condition: str, severity: str = "failure") -> set[str]:
+    return {flag.name for flag in found.flags if (flag.condition, flag.severity) == (condition, severity)}
+
+
+def test_a_vector_that_steers_passes_and_its_opposite_fails(found: Evaluation) -> None:
+    assert names(found, "good") == set()
+    assert names(found, "bad") == {"within_random_band", "no_gain", "anti_steerable"}
+    assert found.failed
+    assert [flag.severity for flag in found.flags][:3] == ["failure"] * 3
+    assert "last_block" in names(found, "good", "caution")
+    assert "no_better_than_baseline" in names(found, "bad", "caution")
+
+
+def test_a_random_direction_is_flagged() -> None:
+    """The negative control: one more draw is within the band of the others."""
+    model = llama()
+    vector = random_vector(model, [1], seed=3, width=16)
+    found = evaluate(model, None, vector, pairs(24, 1), setting=Setting(0.2), samples=200)
+    assert "within_random_band" in names(found, "random (given)")
+
+
+def test_perplexity_over_the_budget_is_flagged() -> None:
+    model = llama()
+    run: Any = {"neutral": NEUTRAL, "random_draws": 0, "samples": 10}
+    ratio = evaluate(model, None, towards(model), pairs(4, 1), setting=LAST, **run).value(
+        "given", "perplexity_ratio"
+    )
+    over = evaluate(model, None, towards(model), pairs(4, 1), setting=LAST, budget=0.99 * ratio, **run)
+    within = evaluate(model, None, towards(model), pairs(4, 1), setting=LAST, budget=1.01 * ratio, **run)
+    assert "perplexity" in names(over, "given")
+    assert "perplexity" not in names(within, "given")
+    assert "few_questions" in names(within, "given", "caution")
+    # the caution about divergence follows its own number
+    for strength in (0.02, 8.0):
+        found = evaluate(model, None, towards(model), pairs(4, 1), setting=Setting(strength), **run)
+        far = found.value("given", "divergence") > 0.5
+        assert ("divergence" in names(found, "given", "caution")) == far == (strength == 8.0)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "flag"),
+    [
+        (
+            {"settings": {"attribution": "ig"}, "completeness": {"relative_gap": 0.2}},
+            "incomplete_attribution",
+        ),
+        ({"settings": {"attribution": "ig"}, "completeness": {"relative_gap": 0.05}}, None),
+        ({"settings": {"attribution": "relp"}, "completeness": {"relative_gap": 0.2}}, None),
+        ({"pairs": 5, "agreement": [{"block": 2, "pairwise": 0.01}]}, "pairs_disagree"),
+        ({"pairs": 5, "agreement": [{"block": 2, "pairwise": 0.5}]}, None),
+        (
+            {"pairs": 5, "agreement": [{"block": 1, "pairwise": 0.5}, {"block": 2, "pairwise": 0.0}]},
+            "pairs_disagree",
+        ),
+    ],
+)
+def test_what_fitting_found_is_flagged(provenance: Any, flag: str | None) -> None:
+    model = llama()
+    vector = replace(towards(model), provenance=provenance)
+    found = evaluate(model, None, vector, pairs(3, 1), setting=LAST, random_draws=0, samples=10)
+    assert names(found, "vector") & {"incomplete_attribution", "pairs_disagree"} == (
+        {flag} if flag else set()
+    )
+
+
+def test_repetition_is_flagged() -> None:
+    """A direction that makes one token the likeliest everywhere runs in circles."""
+    model = llama()
+    weights = model.lm_head.weight.detach()
+    vector = SteeringVector.from_displacements({2: weights[GOOD]}, model)
     found = evaluate(
-        llama, None, vector, pairs[:2], setting=Setting(3.0), draws=2, neutral=TEXTS, budget=1.0001
-    )
-    ratio = found.conditions["vector"].facts["perplexity_ratio"]
-    flagged = f"multiplies the perplexity of neutral text by {ratio:.3f}; the budget is 1.0001." in "\n".join(
-        found.flags
-    )
-    assert flagged is (ratio > 1.0001)
-
-
-def test_files(llama: nn.Module, pairs: list[Pair], tmp_path: Path) -> None:
-    found = evaluate(llama, None, random_vector(llama), pairs[:3], draws=2, neutral=TEXTS)
-    found.to_csv(tmp_path / "table.csv")
-    found.save(tmp_path / "table.json")
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
-    document = json.loads((tmp_path / "table.json").read_text())
-    assert [float(row["estimate"]) for row in rows] == [row["estimate"] for row in document["records"]]
-    assert len(found.to_dataframe()) == len(rows)
-    assert document["values"]["vector"]["margin"] == found.conditions["vector"].values["margin"].tolist()
-    assert document["flags"] == list(found.flags)
-    assert found.to_markdown().count("\n| ") == 4
-    assert "FLAG vector" in str(found)
-    drawn = next(row for row in found.to_records() if row["bounds"] == "draws")
-    assert drawn["condition"] == "random directions"
-
-
-def test_an_instruction_is_a_control() -> None:
-    class Words:
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [4 + ord(letter) % 20 for letter in text]}
-
-    model, _ = built("gpt2")
-    items = [Pair("abc", "d", "e"), Pair("bd", "e", "f")]
-    found = evaluate(model, Words(), random_vector(model), items, instruction="xy", draws=2)
-    ids = Words()("xy\nabc")["input_ids"]
-    answer = Words()("d")["input_ids"]
-    assert float(found.conditions["prompt"].values["log_prob"][0]) == pytest.approx(
-        by_hand(model, ids, answer), rel=1e-4
-    )
-    with pytest.raises(InputError, match="expected prompts that are text"):
-        evaluate(model, None, random_vector(model), [([5], 6, 7)], instruction="xy", draws=2)
-
-
-def test_the_sweep_takes_the_best_within_the_budget(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = fit(llama, None, pairs[:6], "mean_grad")
-    found = sweep(
-        llama,
+        model,
         None,
         vector,
-        pairs[6:],
-        strengths=(0.2, 0.8),
-        layers=[[0], [1], None],
-        neutral=TEXTS,
-        budget=1.2,
+        pairs(3, 1),
+        setting=Setting(50.0),
+        random_draws=0,
+        generations=3,
+        tokens=16,
+        samples=10,
     )
-    assert [(point.setting.layers, point.setting.strength) for point in found.points] == [
-        (layers, strength) for layers in ([0], [1], None) for strength in (0.2, 0.8)
-    ]
-    for point in found.points:
-        again = evaluate(llama, None, vector, pairs[6:], setting=point.setting, draws=2, neutral=TEXTS)
-        assert point.value == pytest.approx(again.mean("vector", "margin"), rel=1e-9)
-        ratio = again.conditions["vector"].facts["perplexity_ratio"]
-        assert point.perplexity_ratio == pytest.approx(ratio, rel=1e-9)
-        assert point.within is (ratio <= 1.2 and point.mass >= 0.9)
-    able = [point for point in found.points if point.within and point.value > found.unsteered]
-    assert found.best == (max(able, key=lambda point: point.value).setting if able else None)
-    # a vector that only does harm has no setting
-    assert sweep(llama, None, -vector, pairs[6:], strengths=(0.2, 0.8)).best is None
+    assert found.value("vector", "repetition") > found.value("none", "repetition") + 0.2
+    assert "degenerate" in names(found, "vector")
 
 
-def test_the_last_block_alone_is_not_tried_unasked(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = SteeringVector({layer: torch.eye(32)[layer] for layer in range(6)})
-    chosen = [each for each in _choices(vector) if each is not None]
-    assert chosen == [[2], [3]]
+def test_what_is_not_finite_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that overflows where it is steered, at the questions that hold token 20."""
+    model, asked = llama(), [([1, 5], GOOD, BAD), ([1, 20], GOOD, BAD), ([1, 6], GOOD, BAD)]
+    forward, steering = model.forward, {"on": False}
+
+    def overflowing(input_ids: torch.Tensor, attention_mask: Any = None, **rest: Any) -> Any:
+        out = forward(input_ids=input_ids, attention_mask=attention_mask, **rest)
+        if steering["on"]:
+            out.logits = out.logits.masked_fill((input_ids == 20).any(1)[:, None, None], torch.nan)
+        return out
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    vector = towards(model)
+    apply = SteeringVector.apply
+    monkeypatch.setattr(SteeringVector, "apply", lambda *a, **k: steering.update(on=True) or apply(*a, **k))
+    with pytest.raises(ModelError, match="answers of question 1 have log-probabilities that are not finite"):
+        steering["on"] = True
+        evaluate(model, None, vector, asked, random_draws=0)
+    steering["on"] = False
+    found = evaluate(model, None, vector, asked, neutral=[[1, 20, 5], [1, 6, 7]], random_draws=0, samples=10)
+    assert names(found, "given") >= {"not_finite", "perplexity"}
+    assert found.row("given", "margin_shift").count == 2
+    assert found.row("given", "mc1").count == 2
+    assert np.isnan(found.questions["given"]["anti_steerable"]).tolist() == [False, True, False]
+    assert found.value("given", "perplexity_ratio") == float("inf")
 
 
-def _choices(vector: SteeringVector) -> list[Any]:
-    from pullback.steering.sweep import _middle_third
+def test_batch_mates_change_nothing_and_the_model_is_as_before() -> None:
+    model = llama()
+    vector, run = (
+        random_vector(model, [0, 1], width=16),
+        {"random_draws": 2, "neutral": NEUTRAL, "samples": 10},
+    )
+    before, state = hooks(model), torch.random.get_rng_state()
+    one = evaluate(model, None, vector, pairs(7, 1), batch_size=1, **run)  # type: ignore[arg-type]
+    many = evaluate(model, None, vector, pairs(7, 1), batch_size=16, **run)  # type: ignore[arg-type]
+    for a, b in zip(one.rows, many.rows, strict=True):
+        assert (a.condition, a.measure) == (b.condition, b.measure)
+        assert a.estimate == pytest.approx(b.estimate, abs=1e-10)
+    assert hooks(model) == before
+    assert torch.equal(state, torch.random.get_rng_state())
 
-    return _middle_third(vector)
+
+def test_strengths_are_chosen_for_every_method_on_validation() -> None:
+    model = llama()
+    vector, strengths = towards(model), [0.1, 0.6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(
+            model, None, vector, pairs(5, 1), fit_pairs=pairs(3, 2), validation=pairs(5, 3), neutral=NEUTRAL,
+            strengths=strengths, budget=1e9, random_draws=0, samples=10,
+        )  # fmt: skip
+    chosen = sweep(
+        model, None, vector, pairs(5, 3), neutral=NEUTRAL, strengths=strengths, layers=[2], budget=1e9
+    )
+    row = found.row("given", "margin_shift", "validated")
+    assert (row.strength, row.layers) == (chosen.best.strength, (2,)) == (0.6, (2,))
+    shift = np.mean(margins(model, pairs(5, 1), vector, 0.6)) - np.mean(margins(model, pairs(5, 1)))
+    assert row.estimate == pytest.approx(shift, abs=1e-9)
+    assert found.row("mean_diff", "margin_shift", "validated").count == 5
+    (point,) = [point for point in chosen.points if point.strength == 0.6]
+    assert found.value("given", "perplexity_ratio", "validated") == point.perplexity_ratio
 
 
-def test_errors_say_what_to_do(llama: nn.Module, pairs: list[Pair]) -> None:
-    vector = random_vector(llama)
+def test_tables_hold_the_same_numbers(found: Evaluation, tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(found.to_csv(tmp_path / "rows.csv"))))
+    assert (tmp_path / "rows.csv").read_text() == found.to_csv()
+    found.to_json(tmp_path / "found.json")
+    document = json.loads((tmp_path / "found.json").read_text())
+    frame = found.to_dataframe()
+    assert len(rows) == len(document["rows"]) == len(frame) == len(found.rows)
+    for row, line, entry in zip(found.rows, rows, document["rows"], strict=True):
+        assert (row.condition, row.measure) == (line["condition"], line["measure"])
+        assert row.estimate == pytest.approx(float(line["estimate"]), abs=0)
+        assert row.estimate == entry["estimate"]
+    assert document["failed"] is True
+    assert document["questions"]["good"]["margin"] == found.questions["good"]["margin"].tolist()
+    markdown = found.to_markdown(["margin_shift"])
+    assert markdown.startswith("- **failure** within_random_band (bad): its margin shift")
+    row = found.row("good", "margin_shift")
+    assert f"| good | 0.8 at 2 | {row.estimate:.3g} [{row.low:.3g}, {row.high:.3g}] |" in markdown
+    with pytest.raises(InputError, match='Nearest: "good/mc1/same"'):
+        found.row("god", "mc1")
+    assert isinstance(found.rows[0], Row)
 
-    def run(**changed: Any) -> Any:
-        return evaluate(llama, None, **{"vectors": vector, "items": pairs[:2], "draws": 2, **changed})
 
-    for changed, error, text in (
-        ({"items": []}, InputError, "items is empty; expected a list of Question"),
-        ({"items": [5]}, InputError, "item 0 is a int; expected Question"),
-        ({"items": [Question([5], (), (6,))]}, InputError, r"question 0 has \(\) as correct answers"),
-        ({"items": [Question([5], (6,), (7, 6))]}, InputError, "right and wrong"),
-        ({"items": ["text"]}, InputError, "item 0 is a str"),
-        ({"vectors": {"none": vector}}, InputError, "none of the controls' names"),
-        (
-            {"fit_pairs": pairs[1:3]},
-            InputError,
-            "1 items were fitted on: item 1 has the prompt of fitting pair 0",
-        ),
-        ({"draws": 1}, MethodError, "at least 2 random directions"),
-        ({"budget": 0.9}, MethodError, "above 1"),
-        ({"setting": Setting(math.nan)}, MethodError, "expected a finite number"),
-        ({"setting": {"other": Setting()}}, MethodError, r"setting has none for \['vector'\]"),
-        ({"setting": 0.4}, MethodError, "expected Setting"),
-        ({"neutral": [[5]]}, InputError, "at least two"),
-        ({"neutral": ["words"]}, InputError, "give the model's tokenizer"),
-        ({"vectors": SteeringVector({0: torch.ones(3)})}, ModelError, "width 3"),
+def fitted(model: Any) -> SteeringVector:
+    return fit(model, None, pairs(3, 1), "mean_grad", layers=[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"questions": []}, "questions is empty"),
+        ({"questions": pairs(4, 1)}, '3 of the 4 questions, number 0 first, are prompts that "mean_grad (given)" was fitted'),
+        ({"fit_pairs": pairs(2, 4)}, "2 of the 3 questions, number 0 first, are prompts of fit_pairs"),
+        ({"validation": pairs(1, 4), "neutral": NEUTRAL}, "1 of the 3 questions, number 0 first, are prompts of validation"),
+        ({"validation": pairs(1, 5)}, "give neutral=[texts] too"),
+        ({"vectors": {}}, "expected a SteeringVector, or several by name"),
+        ({"vectors": {"random": None}}, "by names other than"),
+        ({"neutral": []}, "neutral is []"),
+        ({"random_draws": -1}, "random_draws=-1; expected a whole number"),
+        ({"samples": 0}, "samples=0"),
+        ({"budget": float("nan")}, "budget=nan; expected a ratio"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)  # fmt: skip
+def test_refusals(settings: Any, message: str) -> None:
+    model = llama()
+    settings = {"questions": pairs(3, 4), "vectors": fitted(model), **settings}
+    with pytest.raises((InputError, MethodError)) as caught:
+        evaluate(model, None, settings.pop("vectors"), settings.pop("questions"), **settings)
+    assert message in str(caught.value)
+
+
+def test_a_test_on_the_questions_of_a_sweep_is_refused() -> None:
+    model = llama()
+    vector = towards(model)
+    chosen = sweep(model, None, vector, pairs(3, 1), neutral=NEUTRAL, strengths=[0.2], layers=[2], budget=9.0)
+    with pytest.raises(
+        InputError, match="1 of the 2 questions, number 1 first, are prompts that the strength"
     ):
-        with pytest.raises(error, match=text):
-            run(**changed)  # type: ignore[arg-type]
-    with pytest.raises(MethodError, match="positive numbers"):
-        sweep(llama, None, vector, pairs, strengths=(0.0,))
-    with pytest.raises(MethodError, match="expected one of 'margin'"):
-        sweep(llama, None, vector, pairs, criterion="best")  # type: ignore[arg-type]
-    llama.train()
-    try:
-        with pytest.raises(ModelError, match=r"call model\.eval\(\)"):
-            run()
-    finally:
-        llama.eval()
+        evaluate(model, None, vector, [*pairs(1, 2), *pairs(1, 1)], setting=chosen)
+    found = evaluate(model, None, vector, pairs(2, 2), setting=chosen, random_draws=0, samples=10)
+    assert found.row("given", "mc1").strength == 0.2
 
 
-def test_degeneration_of_given_text() -> None:
-    found = degeneration([[1, 2, 1, 2, 1], [3, 3]])
-    # pairs 12 21 12 21: two of four; 33: one of one
-    assert found["distinct_2"] == pytest.approx((2 / 4 + 1) / 2)
-    assert found["repeated"] == pytest.approx((3 / 5 + 1) / 2)
-    assert found["length"] == 3.5
-    assert math.isnan(degeneration([[1]])["distinct_2"])
+def test_a_model_in_train_mode_or_of_another_width_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ModelError, match=r"call model\.eval\(\)"):
+        evaluate(llama().train(), None, towards(model), pairs(2, 1))
+    with pytest.raises(ModelError, match="width 32"):
+        evaluate(model, None, random_vector(None, [1], width=32), pairs(2, 1))
 
 
-def test_parts_do_not_overlap() -> None:
-    items = [Question([5, n % 7], (8,), (9,)) for n in range(14)]
-    parts = split_questions(items, (2, 3, -1), seed=1)
-    prompts = [{tuple(item.prompt) for item in part} for part in parts]
-    assert [len(each) for each in prompts] == [2, 3, 2]
-    assert len(set.union(*prompts)) == 7
-    assert sum(map(len, parts)) == 14
-    assert split_questions(items, (2, 3, -1), seed=1) == parts
-    assert split_questions(items, (2, 3, -1), seed=2) != parts
-    for sizes in ((8,), (1, 0), (-1, -1)):
-        with pytest.raises(InputError, match="different prompts"):
-            split_questions(items, sizes)
+def test_questions_that_differ_by_their_image_are_not_the_same() -> None:
+    from pullback.steering.pairs import prompt_digest
 
-
-def test_truthfulqa() -> None:
-    folder = data_root() / "truthfulqa" if data_root() else None
-    if folder is None or not folder.exists():
-        pytest.skip("TruthfulQA is not here: set PULLBACK_DATA")
-    table, tasks = load_truthfulqa(folder / "TruthfulQA.csv"), load_truthfulqa(folder / "mc_task.json")
-    assert len(table) == len(tasks) == 790
-    assert table[0].prompt == "Q: What happens to you if you eat watermelon seeds?\nA:"
-    assert (
-        table[0].correct[0]
-        == tasks[0].correct[0]
-        == " The watermelon seeds pass through your digestive system"
+    ids = torch.tensor([1, 2])
+    pixels = torch.zeros(1, 3, 2, 2)
+    assert prompt_digest(ids, {"pixel_values": pixels}) != prompt_digest(ids, {"pixel_values": pixels + 1})
+    assert prompt_digest(ids, {"pixel_values": pixels}) == prompt_digest(
+        ids, {"pixel_values": pixels.clone()}
     )
-    assert tasks[0].incorrect[0] == " You grow watermelons in your stomach"
-    assert all(not set(item.correct) & set(item.incorrect) for item in table)
-    assert table[0].group == "Misconceptions"
-    pairs = contrastive_pairs(table, per_question=2)
-    assert (pairs[0].preferred, pairs[0].dispreferred) == (table[0].correct[0], table[0].incorrect[0])
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_text("Question,Answer\nWhy?,So\n")
-    with pytest.raises(FormatError, match="has no column 'Best Answer'"):
-        load_truthfulqa(path)
-    path.write_text("Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,So,So;So,\n")
-    with pytest.raises(FormatError, match=r'"Why.*has 1 right and 0 wrong answers'):
-        load_truthfulqa(path)
-    tasks = tmp_path / "tasks.json"
-    tasks.write_text('[{"question": "Why?"}]')
-    with pytest.raises(FormatError, match=r"is no mc_task\.json \(KeyError"):
-        load_truthfulqa(tasks)
+def test_vectors_at_other_blocks_have_a_band_of_their_own() -> None:
+    model = llama()
+    vectors = {
+        "last": towards(model),
+        "first": random_vector(model, [0], width=16),
+        "also": towards(model, sign=-1.0),
+    }
+    found = evaluate(model, None, vectors, pairs(4, 1), random_draws=4, samples=10)
+    assert found.conditions[:7] == ("none", "last", "first", "also", "prompt", "random", "random for first")
+    bands = {name: found.row(name, "margin_shift") for name in ("random", "random for first")}
+    assert (bands["random"].layers, bands["random for first"].layers) == ((2,), (0,))
+    high = bands["random for first"].high
+    assert high is not None
+    assert ("within_random_band" in names(found, "first")) == (found.value("first", "margin_shift") <= high)
+
+
+def test_an_encoder_decoder_is_evaluated_without_what_it_has_not() -> None:
+    model, _ = built("t5", double=True)
+    vector = random_vector(model, [1])
+    asked, given = [([5, 6, 7], 8, 9), ([5, 10], 8, 9)], [([5, 11, 7], 8, 9), ([12, 6, 4], 8, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(model, None, vector, asked, fit_pairs=given, random_draws=2, samples=10)
+    assert found.row("mean_diff", "margin_shift").estimate is None
+    assert found.row("mean_grad", "margin_shift").estimate is not None
+    with pytest.raises(InputError, match="this one is an encoder-decoder: neutral=None"):
+        evaluate(model, None, vector, asked, neutral=[[5, 6, 7]])
+
+
+def test_long_demonstrations_are_left_out_where_the_model_is_short() -> None:
+    model = llama(positions=12)
+    asked = [Question([1, 5, 6], [7], [8])]
+    given = [([1, *range(3, 11)], GOOD, BAD), ([1, 4, 3], GOOD, BAD)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(model, None, towards(model), asked, fit_pairs=given, random_draws=0, samples=10)
+    assert found.row("prompt", "margin_shift").estimate is None

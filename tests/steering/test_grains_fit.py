@@ -220,7 +220,7 @@ def test_warnings_of_incompleteness_and_of_disagreement() -> None:
         ([([5, 6], 9, [])], {}, InputError, "dispreferred answer of pair 0 has no tokens"),
         ([([], 9, 8)], {}, InputError, "prompt of pair 0 has no tokens"),
         ([([5, 6.5], 9, 8)], {}, InputError, "holds no list of token ids"),
-        ([("five six", 9, 8)], {}, InputError, "give fit the model's tokenizer"),
+        ([("five six", 9, 8)], {}, InputError, "give the model's tokenizer"),
         ([([5, 6, 999], 9, 8)], {}, InputError, r"token 999.*Is it this model's tokenizer"),
         ([([5] * 5000, 9, 8)], {}, InputError, "5001 tokens with its longer answer, and the model takes"),
         ([({"input_ids": [5]}, 9, 8)], {}, InputError, r'"input_ids" list; expected a \(1, length\)'),

@@ -269,7 +269,7 @@ def _in_coordinates(problem: Problem, site: Site, count: int) -> Problem:
     posed.domain, posed.point, posed.asked_site, posed.token_site = domain, coefficients, str(site), False
     point = coefficients.repeat_interleave(count, 0) if count > 1 else coefficients
     # the score is that of the synthesis, which is another where the domain loses something
-    known = problem.known_score if loss <= rounding(problem.posed.point.dtype) else None
+    known = problem.known_score if loss <= rounding(point.dtype) else None
     return replace(problem, point=point, known_score=known)
 
 

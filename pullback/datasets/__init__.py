@@ -9,11 +9,13 @@ from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
 from pullback.datasets.registers import Registers, register_documents
 from pullback.datasets.series import Windows, ecg5000, ecg_noise_stress, ppg
+from pullback.datasets.shakespeare import Characters, shakespeare
 from pullback.datasets.theory import Signals, block_signal, signal_coordinates
 from pullback.datasets.windowing import cut_windows
 
 __all__ = [
     "BlockMNIST",
+    "Characters",
     "Digits",
     "PatchDocuments",
     "Photographs",
@@ -32,5 +34,6 @@ __all__ = [
     "mnist",
     "ppg",
     "register_documents",
+    "shakespeare",
     "signal_coordinates",
 ]

@@ -273,7 +273,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _listed(batches: Sequence[Any]) -> list[Any]:
-    if isinstance(batches, (Tensor, str, dict)) or iter(batches) is batches or not len(batches):
+    if isinstance(batches, (Tensor, str, dict)) or not isinstance(batches, Sequence) or not len(batches):
         raise InputError(
             "batches is a list of batches that is read twice, such as [tokens]; got "
             f"{'an empty one' if isinstance(batches, (list, tuple)) else type(batches).__name__}."

@@ -18,6 +18,7 @@ from .core.errors import InputError, MethodError, TargetError
 from .core.points import Point, leaves, map_leaves
 from .core.pose import pose, pose_targets
 from .core.problem import Problem
+from .core.sites import Site
 from .core.targets import continuations
 from .core.text_targets import LogProb
 from .labels import token_labels
@@ -34,7 +35,7 @@ def explain(
     *,
     target: Any = None,
     method: Any = "auto",
-    site: str | None = None,
+    site: str | Site | None = None,
     baseline: Any = None,
     chunk: int | str = "auto",
     memory_budget: int | float | str | None = None,
@@ -50,7 +51,8 @@ def explain(
         target: the score: a class index, one per example, a label's text, a preset such as ``Contrast``, or a function
             ``output -> (B,)``; None is the predicted class, fixed on these inputs. See docs/concepts/targets.md.
         method: a method object, its text, or "auto": integrated gradients to a tolerance of 5 %.
-        site: where: "input", "embeddings", a module path. See docs/concepts/sites.md.
+        site: where: "input", "embeddings", a module path, or such a place in other coordinates. See
+            docs/concepts/sites.md.
         baseline: a tensor, a baseline object or its name; replaces the method's own.
         chunk: rows through the model at once, or "auto". Results do not depend on it.
         memory_budget: bytes, or text such as "4GB", that the evaluation may hold at once.
@@ -89,7 +91,7 @@ def compare(
     methods: Mapping[str, Any] | Sequence[Any],
     *,
     target: Any = None,
-    site: str | None = None,
+    site: str | Site | None = None,
     baseline: Any = None,
     chunk: int | str = "auto",
     memory_budget: int | float | str | None = None,
@@ -138,7 +140,7 @@ def explain_targets(
     targets: Sequence[Any],
     *,
     method: Any = "auto",
-    site: str | None = None,
+    site: str | Site | None = None,
     baseline: Any = None,
     chunk: int | str = "auto",
     memory_budget: int | float | str | None = None,
@@ -206,7 +208,7 @@ def explain_generation(
     *,
     tokenizer: Any = None,
     method: Any = "auto",
-    site: str | None = None,
+    site: str | Site | None = None,
     baseline: Any = None,
     chunk: int | str = "auto",
     memory_budget: int | float | str | None = None,

@@ -22,6 +22,8 @@ STUDIES = {
         "maps.png",
     ),
     "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
+    "sae_shakespeare": ("results.jsonl", "table.csv", "pareto.png"),
+    "sae_whisper": ("results.jsonl", "table.csv", "whisper.png"),
     "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),
     "steering_images": ("results.jsonl", "table.csv", "steering_images.png"),
     "steering_register": ("results.jsonl", "table.csv", "steering_register.png"),

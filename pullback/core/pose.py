@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .clean_pass import CleanPass, concatenated
 from .contiguity import contiguous_gradients
 from .continuations import extend
+from .domain import enter, rounding
 from .errors import InputError, ModelError, SiteError, TargetError
 from .inputs import ModelInputs, read_inputs
 from .live_pass import LivePass
@@ -87,7 +89,8 @@ def pose_targets(
     resources = Resources(chunk, memory_budget)
     with torch.inference_mode(False):
         read = read_inputs(inputs, model)
-        wanted = Site.parse(site) if site is not None else None
+        asked = Site.parse(site) if site is not None else None
+        wanted = None if asked is None else asked.plain
         notes: list[str] = []
         if isinstance(model, nn.Module):
             require_settled(model, allow_train)
@@ -102,6 +105,8 @@ def pose_targets(
         read.batch, read.attention_mask, read.tokens, getattr(clean.module, "config", None)
     )
     problem = _problem(clean, targets, context, resources, notes)
+    if asked is not None and asked.domain is not None:
+        problem = _in_coordinates(problem, asked, len(targets))
     mates = isinstance(model, nn.Module) and any(
         part.training and unsettled(part) for part in model.modules()
     )
@@ -251,6 +256,21 @@ def _problem(
             "the forward draws random numbers: every evaluation uses the same draws, fixed by seed 0"
         )
     return problem
+
+
+def _in_coordinates(problem: Problem, site: Site, count: int) -> Problem:
+    """The problem whose value is the coordinates of what the model has at the site."""
+    posed = problem.posed
+    if not isinstance(posed.point, Tensor) or site.domain is None:
+        raise SiteError(
+            f'"{site}" needs one tensor at "{site.plain}", but several leaves are there. Name one.'
+        )
+    domain, coefficients, loss = enter(site.domain, posed.point)
+    posed.domain, posed.point, posed.asked_site, posed.token_site = domain, coefficients, str(site), False
+    point = coefficients.repeat_interleave(count, 0) if count > 1 else coefficients
+    # the score is that of the synthesis, which is another where the domain loses something
+    known = problem.known_score if loss <= rounding(point.dtype) else None
+    return replace(problem, point=point, known_score=known)
 
 
 def _is_token_site(clean: CleanPass) -> bool:

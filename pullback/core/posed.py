@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from .contiguity import contiguous_gradients_behind
+from .domain import Domain, domain_rows
 from .edits import edit
 from .errors import InputError, ModelError, SiteError
 from .inputs import ModelInputs
@@ -54,6 +55,7 @@ class PosedModel:
     """Everything fixed by ``pose``: the shadow, the inputs, the site, the targets and the clean point.
 
     ``whole`` asks for the batch in one piece, where a row's draws or statistics depend on its place in the batch.
+    ``domain`` says of which coordinates the points are, where the site is in a domain.
     ``lock`` makes one posed model safe to evaluate from several threads: hooks on the shadow are per forward.
     """
 
@@ -72,6 +74,7 @@ class PosedModel:
     asked_site: str = "input"
     token_site: bool = False
     tokenizer: Any = None
+    domain: Domain | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -88,6 +91,9 @@ class PosedModel:
 
     def output(self, z: Point, examples: Tensor) -> Any:
         """The model's output where the value at the site is z, one row per entry of ``examples``."""
+        if self.domain is not None:
+            assert isinstance(z, Tensor)
+            z = domain_rows(self.domain, examples).synthesis(z)
         try:
             outputs = tuple(self._call(variant, z, examples) for variant in self.variants)
         except (RuntimeError, ValueError, IndexError) as error:

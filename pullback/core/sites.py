@@ -2,17 +2,19 @@
 
 ``"input"``, ``"input:name"`` (one leaf), ``"embeddings"``, a module's output ``"layer4.1"`` or input
 ``"layer4.1:input"``, one call of a module that runs several times ``"block@2"`` (counted from 0), one keyword of a
-module's input ``"language_model:input.inputs_embeds"``.
+module's input ``"language_model:input.inputs_embeds"``. A site may be seen in other coordinates, such as the latents of
+a sparse autoencoder: ``Latents(autoencoder).at("layer4.1")``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from .domain import Domain
 from .errors import SiteError, nearest
 from .inputs import nested_tensors
 
@@ -33,9 +35,10 @@ class Site:
         call: which call of the module, counted from 0; None where it runs once.
         side: "output" or "input".
         leaf: which tensor there, by keyword or position; None for the first tensor (all explained ones at "input").
+        domain: coordinates that are the value of the site, in place of the tensor that the model has there.
 
     >>> Site.parse("block@2:input")
-    Site(kind='module', path='block', call=2, side='input', leaf=None)
+    Site(kind='module', path='block', call=2, side='input', leaf=None, domain=None)
     >>> str(Site.parse("input:pixel_values"))
     'input:pixel_values'
     """
@@ -45,6 +48,12 @@ class Site:
     call: int | None = None
     side: str = "output"
     leaf: str | None = None
+    domain: Domain | None = None
+
+    @property
+    def plain(self) -> Site:
+        """The same place in the model's own coordinates."""
+        return replace(self, domain=None)
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
@@ -70,6 +79,8 @@ class Site:
         )
 
     def __str__(self) -> str:
+        if self.domain is not None:
+            return f"{self.domain!r} at {self.plain}"
         if self.kind == "input":
             return f"input:{self.leaf}" if self.leaf else "input"
         if self.kind == "embeddings":

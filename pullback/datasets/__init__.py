@@ -9,6 +9,7 @@ from pullback.datasets.idx import load_idx
 from pullback.datasets.mnist import Digits, fashion_mnist, mnist
 from pullback.datasets.registers import Registers, register_documents
 from pullback.datasets.series import Windows, ecg5000, ecg_noise_stress, ppg
+from pullback.datasets.shakespeare import Characters, shakespeare
 from pullback.datasets.text import (
     QuestionSplit,
     TruthfulQuestion,
@@ -21,6 +22,7 @@ from pullback.datasets.windowing import cut_windows
 
 __all__ = [
     "BlockMNIST",
+    "Characters",
     "Digits",
     "PatchDocuments",
     "Photographs",
@@ -43,6 +45,7 @@ __all__ = [
     "neutral_sentences",
     "ppg",
     "register_documents",
+    "shakespeare",
     "signal_coordinates",
     "split_questions",
 ]

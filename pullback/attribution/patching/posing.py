@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,10 @@ def pose_pair(
     problem = _posed(model, clean, metric, tuple(asked.values()), needs_origin, chunk, allow_train)
     posed = problem.posed
     read = posed.inputs
-    at = {key: _resolved(site, posed.site, read, posed.asked_site) for key, site in asked.items()}
+    at = {
+        key: replace(_resolved(site.plain, posed.site, read, posed.asked_site), domain=site.domain)
+        for key, site in asked.items()
+    }
     origin = [Site("input", leaf=name) for name in read.explained]
     if posed.asked_site == "embeddings":
         origin.append(posed.site)
@@ -83,7 +87,7 @@ def _posed(
         inside = next((site for site in asked if site.kind == "module"), None)
         if needs_origin or inside is None:
             raise
-        return pose(model, clean, target=metric, site=inside, chunk=chunk, allow_train=allow_train)
+        return pose(model, clean, target=metric, site=inside.plain, chunk=chunk, allow_train=allow_train)
 
 
 def _resolved(site: Site, entry: Site, read: ModelInputs, entered: str) -> Site:

@@ -15,6 +15,7 @@ from pullback.attribution.patching.exchange import Exchange
 from pullback.attribution.patching.output_rows import completed, mapped, sliced
 from pullback.core.audit import Coverage, audit, require_covered
 from pullback.core.clean_pass import concatenated
+from pullback.core.domain import domain_rows, enter
 from pullback.core.edits import Edit, edit
 from pullback.core.errors import MethodError, SiteError
 from pullback.core.inputs import ModelInputs
@@ -74,7 +75,7 @@ class CounterfactualPair:
                         f'"{site.path}@1", ...'
                     )
                 ran[site] = call
-                return change(value)
+                return _through(site, change, examples)(value)
 
             return apply
 
@@ -84,7 +85,7 @@ class CounterfactualPair:
                 continue
             name = str(site.leaf)
             value = replaced[name] if name in replaced else _taken(read.leaf[name], examples)
-            changed = change(value)
+            changed = _through(site, change, examples)(value)
             replaced[name] = value if changed is None else changed
         args, kwargs = read.rows(examples, replaced)
         with ExitStack() as stack:
@@ -247,6 +248,27 @@ class CounterfactualPair:
             found = torch.autograd.grad(scores.sum(), read, allow_unused=True)
         used = [(tensor, part) for (tensor, _), part in zip(pairs, found, strict=True) if part is not None]
         return [tensor for tensor, _ in used], [part for _, part in used]
+
+
+def _through(site: Site, change: Change, examples: Tensor) -> Change:
+    """A change of the site's coordinates as one of the model's value there.
+
+    The value moves by the difference of two syntheses: unchanged coordinates leave it bit for bit, what the domain
+    loses stays, and what comes before the site still receives its gradient.
+    """
+    if site.domain is None:
+        return change
+    given = domain_rows(site.domain, examples)
+
+    def changed(value: Tensor) -> Tensor | None:
+        with rules_paused():
+            with torch.no_grad():
+                domain, coefficients, _ = enter(given, value.detach())
+                before = domain.synthesis(coefficients)
+            after = change(coefficients)
+            return None if after is None else value + (domain.synthesis(after) - before).to(value.dtype)
+
+    return changed
 
 
 def _require_value(site: Site, value: Tensor, rows: int) -> None:

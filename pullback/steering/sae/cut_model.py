@@ -95,19 +95,6 @@ class CutModel:
         with torch.inference_mode(False), torch.no_grad():
             return self._reached(inputs, self.site).clone()
 
-    def logits(self, inputs: ModelInputs, value: Tensor | None = None) -> Tensor:
-        """The model's logits, with ``value`` in place of the site's where it is given."""
-        with torch.inference_mode(False), torch.no_grad():
-            if value is None:
-                return main_tensor(self._run(inputs, None, None, []))
-            if self._input is not None:
-                args, kwargs = inputs.rows(None, {self._input: value})
-                return main_tensor(self.module(*args, **kwargs))
-            given = value
-            return main_tensor(
-                self._run(inputs, None, None, [(self.site, lambda current, call: given.to(current))])
-            )
-
     def gradient(self, inputs: ModelInputs, labels: Tensor | None, draw: tuple[int, str]) -> SiteGradient:
         """Value, gradient and loss, by a forward and a backward from the loss to the site.
 

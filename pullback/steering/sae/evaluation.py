@@ -1,43 +1,49 @@
-"""How good an autoencoder is: what it reconstructs, and what the model still predicts from it.
-
-A g-SAE is measured three ways: with the gradient of a loss whose label is drawn from the model ("fresh"), with that of
-the data's own label, which may leak it, and without a gradient, as it is used where there is no loss.
-"""
+"""How good a sparse autoencoder is: reconstruction, sparsity, and what the model loses with it in place."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pullback.core.errors import InputError, MethodError
-from pullback.core.inputs import ModelInputs
+from pullback.core.errors import InputError
 
 from .model import SparseAutoencoder
-from .prediction_loss import plan_prediction
+from .prediction_loss import Loss
 from .stream import ActivationGradientStream
+from .substitution import Substitution, TokenBatch, read_batches
 
-__all__ = ["SelectionMeasures", "SparseAutoencoderEvaluation", "evaluate_sae", "steering_effect"]
+__all__ = [
+    "Evaluation",
+    "ParetoPoint",
+    "SelectionEvaluation",
+    "evaluate_sae",
+    "pareto_curve",
+    "pareto_table",
+]
 
-Way: TypeAlias = Literal["size", "gradient, fresh label", "gradient, data label"]
-LARGEST_FALL = 0.1  # of the CE score without gradient, before it is warned of
+_COLLAPSE = 0.1  # loss of the CE score without gradient from which a reader is warned
+FREE, FRESH, DATA = "gradient-free", "fresh label", "data label"
 
 
 @dataclass(frozen=True)
-class SelectionMeasures:
-    """One way of selecting latents.
+class SelectionEvaluation:
+    """One way of selecting latents, over all tokens of the evaluation set.
 
     Attributes:
-        fvu: Σ ||x - xhat||² / Σ ||x - mean||² over all tokens, mean over them: 1 for the mean, 0 for x.
-        l0: latents with a value other than 0 per token.
-        dead_share: latents without a positive value in all tokens.
-        ce: cross-entropy per predicted token with xhat at the site, in nats; ``added_ce`` less the model's own.
-        ce_score: (CE_ablated - ce) / (CE_ablated - CE), zero ablation; ``ce_score_mean`` with the mean of x instead.
-        kl_score: (KL_ablated - KL) / KL_ablated from the model's own prediction, zero ablation.
+        fvu: sum ||x - xhat||^2 / sum ||x - mean||^2, mean over the set; of no unit, the mean has 1.
+        l0: mean number of values that are not 0.
+        dead_share: of latents without a positive value on the set.
+        ce: cross-entropy per predicted token in nats, with xhat in place of x.
+        added_ce: ce - the model's own.
+        ce_score_zero, ce_score_mean: (CE_ablated - ce) / (CE_ablated - CE_own), activations ablated to 0 or the mean.
+        kl: of the model's predictions from those with xhat, per predicted token in nats.
+        kl_score_zero, kl_score_mean: (KL_ablated - kl) / KL_ablated.
     """
 
     fvu: float
@@ -45,264 +51,249 @@ class SelectionMeasures:
     dead_share: float
     ce: float
     added_ce: float
-    ce_score: float
+    ce_score_zero: float
     ce_score_mean: float
-    kl_score: float
+    kl: float
+    kl_score_zero: float
+    kl_score_mean: float
 
 
 @dataclass(frozen=True)
-class SparseAutoencoderEvaluation:
-    """What ``evaluate_sae`` found.
+class Evaluation:
+    """An autoencoder under each selection it has: "gradient-free"; of a g-SAE also "fresh label" and "data label".
 
-    ``measures``: way of selecting -> ``SelectionMeasures``. ``ce``, ``ce_zero``, ``ce_mean``: of the model, and with
-    zeros or the mean at the site. ``tokens``: that were counted.
+    ``tokens`` were reconstructed, ``predicted`` have a loss; ``ce``, ``ce_zero``, ``ce_mean`` in nats per predicted
+    token, of the model and with ablated activations; ``warnings`` say what a reader must not overlook.
     """
 
-    measures: Mapping[str, SelectionMeasures]
+    selections: dict[str, SelectionEvaluation]
+    tokens: int
+    predicted: int
     ce: float
     ce_zero: float
     ce_mean: float
-    tokens: int
+    warnings: tuple[str, ...]
 
-    def to_records(self) -> list[dict[str, Any]]:
-        """One flat row per way of selecting."""
-        shared = {
-            "model_ce": self.ce,
-            "ce_zero": self.ce_zero,
-            "ce_mean": self.ce_mean,
-            "tokens": self.tokens,
-        }
-        return [{"selection": name, **asdict(each), **shared} for name, each in self.measures.items()]
-
-    def __str__(self) -> str:
-        columns = ("fvu", "l0", "dead_share", "added_ce", "ce_score", "ce_score_mean", "kl_score")
-        lines = [f"{'selection':<24}" + "".join(f"{name:>15}" for name in columns)]
-        for name, each in self.measures.items():
-            lines.append(f"{name:<24}" + "".join(f"{getattr(each, column):>15.4f}" for column in columns))
-        lines.append(
-            f"cross-entropy {self.ce:.4f}; with zeros {self.ce_zero:.4f}, with the mean {self.ce_mean:.4f} "
-            f"({self.tokens} tokens)"
-        )
-        return "\n".join(lines)
+    def rows(self) -> list[dict[str, str | float]]:
+        """One row per selection, for a table."""
+        return [{"selection": name, **asdict(each)} for name, each in self.selections.items()]
 
 
 def evaluate_sae(
     model: nn.Module,
     site: str,
+    batches: Sequence[Any],
     autoencoder: SparseAutoencoder,
-    token_batches: Sequence[Any],
     *,
+    loss: Loss = "ce",
     skip_positions: Sequence[int] = (0,),
-    ways: Sequence[Way] | None = None,
     seed: int = 0,
-    logits_budget: int | float | str = "64MiB",
-) -> SparseAutoencoderEvaluation:
-    """Put the reconstruction at the site and measure what is lost.
+) -> Evaluation:
+    """Evaluate on batches that the autoencoder was not trained on.
 
-    Padding and ``skip_positions`` keep their own activations and are not counted.
+    A gradient selection is measured three ways: by the gradient of a label drawn from the model ("fresh label"), of the
+    data's own label, whose selection peeks at what is then measured, and by size ("gradient-free"). Padding and
+    skipped positions keep their activations and are counted nowhere.
 
     Args:
-        model: in eval mode.
-        site: that the autoencoder was trained at.
-        autoencoder: on raw activations, as ``train_sae`` and ``load`` give it.
-        token_batches: a list of batches, as for ``train_sae``; not those trained on.
-        ways: how to select; None is "size" alone for a TopK, all three for a g-SAE.
-        seed: of the fresh labels.
-        logits_budget: bytes of logits held at once for the gradients.
+        model, site, loss, skip_positions: as in training.
+        batches: token ids (B, T), or dicts, with ``labels`` where those are not the next tokens; a list, read twice.
+        seed: of the drawn labels.
 
-    Returns:
-        a SparseAutoencoderEvaluation; print it, or take ``to_records()``.
+    Raises InputError (no batches, nothing to predict), and what ``ActivationGradientStream`` raises. Warns where the
+    gradient-free CE score falls by more than 0.1, and where an FVU is above 1.
 
-    Raises InputError (no batches, another width), MethodError, ModelError, SiteError as ``ActivationGradientStream``.
+    Cost: per batch 4 forwards and one more per selection; for a g-SAE two forwards and backwards more.
 
-    Warns where a g-SAE's CE score falls by more than 0.1 without the gradient: it must not be used so.
+    Source: Gao et al. 2024 (arXiv 2406.04093), section 2.3 and 4.1, for the measures; fresh labels are ours.
 
-    Cost: three forwards per batch, and for each way another, with a backward to the site where it takes a gradient.
-
-    Source: Gao et al. 2024 (FVU, downstream loss); Karvonen et al. 2025 (SAEBench: CE and KL scores).
-
-    >>> from pullback.steering.sae import SparseAutoencoderConfig
-    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
-    >>> sae = SparseAutoencoder(SparseAutoencoderConfig(4, 8, 2))
-    >>> round(evaluate_sae(model, "0", sae, [torch.arange(6).reshape(1, 6)]).measures["size"].l0) <= 2
-    True
+    Example:
+        >>> from pullback.steering.sae import SparseAutoencoderConfig
+        >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
+        >>> autoencoder = SparseAutoencoder(SparseAutoencoderConfig(4, latents=8, k=2))
+        >>> list(evaluate_sae(net, "0", [torch.arange(6).reshape(1, 6)], autoencoder).selections)
+        ['gradient-free']
     """
-    token_batches = list(token_batches)
-    if not token_batches:
-        raise InputError("token_batches is empty; expected at least one batch that was not trained on.")
-    chosen: Sequence[Way] = ways or (
-        ("gradient, fresh label", "gradient, data label", "size")
-        if autoencoder.config.selection == "gradient"
-        else ("size",)
-    )
-    known = ("size", "gradient, fresh label", "gradient, data label")
-    if unknown := [way for way in chosen if way not in known]:
-        raise MethodError(f"ways has {unknown[0]!r}; expected some of {', '.join(map(repr, known))}.")
-    streams = {
-        loss: ActivationGradientStream(
-            model,
-            site,
-            token_batches,
-            loss=loss,
-            skip_positions=skip_positions,
-            seed=seed,
-            logits_budget=logits_budget,
-        )
-        for loss in ("ce", "ce_sampled")
-    }
-    plain = streams["ce"]
-    total, tokens = torch.zeros(plain.width, dtype=torch.float64), 0
-    for batch in token_batches:
-        x = plain.of(batch, gradient=False).x
-        total += x.double().sum(0).cpu()
-        tokens += len(x)
-    mean = total / tokens
-    sums: dict[str, _Sums] = {name: _Sums(autoencoder.config.latents) for name in ("zero", "mean", *chosen)}
-    own = _Sums(0)
-    for number, batch in enumerate(token_batches):
-        inputs, labels = plain.read_batch(batch)
-        found = plain.of(batch, gradient=False)
-        value = plain.cut.value(inputs)
-        reference = plain.cut.logits(inputs)
-        own.predict(reference, reference, inputs, labels)
-        ablated = {"zero": torch.zeros_like(found.x), "mean": mean.to(found.x).expand_as(found.x)}
-        for name, rows in ablated.items():
-            sums[name].predict(
-                plain.cut.logits(inputs, _placed(value, found.kept, rows)), reference, inputs, labels
-            )
-        for way in chosen:
+    batches = _listed(batches)
+    gradients: dict[str, ActivationGradientStream] = {}
+    settings: dict[str, Any] = {"skip_positions": skip_positions, "seed": seed}
+    plain = ActivationGradientStream(model, site, batches, loss=loss, **settings)
+    if autoencoder.config.selection == "gradient" and autoencoder.config.beta > 0:
+        gradients[FRESH] = ActivationGradientStream(model, site, batches, loss="ce_sampled", **settings)
+        gradients[DATA] = plain
+    mean = _mean(plain, batches)
+    sums = {name: _Sums(autoencoder.config.latents) for name in (*gradients, FREE)}
+    tokens = predicted = 0
+    variance = own = 0.0
+    ablated = {"zero": [0.0, 0.0], "mean": [0.0, 0.0]}
+    for number, batch in enumerate(read_batches(plain, batches)):
+        there = Substitution(plain, batch)
+        tokens, predicted, own = tokens + len(batch.x), predicted + there.tokens, own + there.loss
+        variance += float((batch.x.double() - mean).square().sum())
+        for name, value in (("zero", torch.zeros_like(batch.x)), ("mean", mean.expand_as(batch.x))):
+            for place, found in enumerate(there.with_activations(value)):
+                ablated[name][place] += found
+        for name, total in sums.items():
             gradient = None
-            if way != "size":
-                loss = "ce_sampled" if way == "gradient, fresh label" else "ce"
-                gradient = streams[loss].of(batch, gradient=True, draw=f"evaluation/{number}").gradient
-            with torch.no_grad():
-                latents = autoencoder.encode(
-                    found.x, gradient, selection="topk" if gradient is None else "gradient"
-                )
-                rows = autoencoder.decode(latents).to(found.x.dtype)
-            sums[way].reconstruct(found.x, rows, mean, latents.values, latents.indices)
-            sums[way].predict(
-                plain.cut.logits(inputs, _placed(value, found.kept, rows)), reference, inputs, labels
-            )
-    measures: dict[str, SelectionMeasures] = {
-        way: _measures(sums[way], own, sums["zero"], sums["mean"], tokens) for way in chosen
-    }
-    _warn_of_collapse(measures)
-    return SparseAutoencoderEvaluation(measures, own.ce, sums["zero"].ce, sums["mean"].ce, tokens)
+            if name in gradients:
+                # labels of the evaluation, that training has not drawn
+                gradient = gradients[name].of(batches[number], draw=f"evaluation/{number}").gradient
+            total.add(autoencoder, batch, gradient, there)
+    if not predicted or variance == 0:
+        raise InputError("the activations do not vary; expected an evaluation set with more than one token.")
+    ce, (ce_zero, kl_zero), (ce_mean, kl_mean) = own, ablated["zero"], ablated["mean"]
 
-
-@torch.no_grad()
-def steering_effect(
-    model: nn.Module,
-    site: str,
-    autoencoder: SparseAutoencoder,
-    token_batches: Iterable[Any],
-    latents: Sequence[int],
-    *,
-    norm: float = 1.0,
-    skip_positions: Sequence[int] = (0,),
-) -> dict[int, dict[str, float]]:
-    """What x + α w_i at every token does to the logits, for each latent, all with one α: equal norms compare.
-
-    Args:
-        latents: their numbers.
-        norm: α in units of the mean norm of x over the tokens.
-
-    Returns:
-        latent -> "mean" and "largest" |change| of a logit centred over the vocabulary, means over predicted tokens; and
-        "kl", of the steered prediction from the model's own.
-
-    Cost: a forward per batch and latent, and one more.
-    """
-    batches = list(token_batches)
-    stream = ActivationGradientStream(model, site, batches, skip_positions=skip_positions)
-    xs = [stream.of(batch, gradient=False).x for batch in batches]
-    count = sum(len(x) for x in xs)
-    length = norm * sum(float(torch.linalg.vector_norm(x.double(), dim=1).sum()) for x in xs) / count
-    directions = {latent: autoencoder.latent_direction(latent) for latent in latents}
-    units = {latent: each / torch.linalg.vector_norm(each) for latent, each in directions.items()}
-    found = {latent: {"mean": 0.0, "largest": 0.0, "kl": 0.0} for latent in latents}
-    tokens = 0
-    for batch in batches:
-        inputs, _ = stream.read_batch(batch)
-        kept = stream.of(batch, gradient=False).kept
-        value, reference = stream.cut.value(inputs), stream.cut.logits(inputs)
-        where = (
-            kept if kept.shape == reference.shape[:-1] else torch.ones(reference.shape[:-1], dtype=torch.bool)
+    def finished(total: _Sums) -> SelectionEvaluation:
+        return SelectionEvaluation(
+            fvu=total.error / variance,
+            l0=total.active / tokens,
+            dead_share=float((~total.fired).double().mean()),
+            ce=total.ce / predicted,
+            added_ce=(total.ce - ce) / predicted,
+            ce_score_zero=_share(ce_zero - total.ce, ce_zero - ce),
+            ce_score_mean=_share(ce_mean - total.ce, ce_mean - ce),
+            kl=total.kl / predicted,
+            kl_score_zero=_share(kl_zero - total.kl, kl_zero),
+            kl_score_mean=_share(kl_mean - total.kl, kl_mean),
         )
-        before = reference[where].double()
-        tokens += len(before)
-        for latent in latents:
-            moved = torch.where(kept[..., None], value + length * units[latent].to(value), value)
-            after = stream.cut.logits(inputs, moved)[where].double()
-            change = (after - after.mean(1, keepdim=True) - before + before.mean(1, keepdim=True)).abs()
-            log_p, log_q = before.log_softmax(1), after.log_softmax(1)
-            found[latent]["mean"] += float(change.mean(1).sum())
-            found[latent]["largest"] += float(change.amax(1).sum())
-            found[latent]["kl"] += float((log_p.exp() * (log_p - log_q)).sum())
-    return {
-        latent: {name: each / tokens for name, each in values.items()} for latent, values in found.items()
-    }
+
+    selections = {name: finished(total) for name, total in sums.items()}
+    texts = _cautions(selections)
+    for text in texts:
+        warnings.warn(text, stacklevel=2)
+    return Evaluation(
+        selections, tokens, predicted, ce / predicted, ce_zero / predicted, ce_mean / predicted, texts
+    )
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One measure at one k, of one kind of autoencoder: mean over seeds with its 95 % Student interval."""
+
+    kind: str
+    k: int
+    measure: str
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def pareto_curve(
+    evaluated: Callable[[str, int, int], dict[str, Any]],
+    kinds: Sequence[str],
+    ks: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+) -> list[dict[str, Any]]:
+    """Measures for every kind, k and seed: ``evaluated(kind, k, seed)`` trains, evaluates and returns numbers by name.
+
+    Returns one row per combination, with "kind", "k", "seed" and the measures; see ``pareto_table``.
+
+    Raises InputError for fewer than three seeds or two k: neither says where a frontier is.
+    """
+    if len(set(seeds)) < 3 or len(set(ks)) < 2:
+        raise InputError(
+            f"{len(set(ks))} values of k and {len(set(seeds))} seeds given; expected at least two k and three seeds, "
+            "such as ks=(4, 8, 16), seeds=(0, 1, 2): fewer show no frontier."
+        )
+    return [
+        {"kind": kind, "k": k, "seed": seed, **evaluated(kind, k, seed)}
+        for kind in kinds
+        for k in ks
+        for seed in seeds
+    ]
+
+
+def pareto_table(rows: Iterable[dict[str, Any]], level: float = 0.95) -> list[ParetoPoint]:
+    """Means over seeds with Student's t intervals, for every measure in ``pareto_curve``'s rows.
+
+    >>> rows = [{"kind": "topk", "k": 4, "seed": s, "fvu": v} for s, v in enumerate((1.0, 2.0, 3.0))]
+    >>> point = pareto_table(rows)[0]
+    >>> round(point.low, 3), point.mean, round(point.high, 3)
+    (-0.484, 2.0, 4.484)
+    """
+    from scipy.stats import t
+
+    grouped: dict[tuple[str, int, str], list[float]] = {}
+    for row in rows:
+        for measure, value in row.items():
+            if measure not in ("kind", "k", "seed"):
+                grouped.setdefault((row["kind"], row["k"], measure), []).append(float(value))
+    points = []
+    for (kind, k, measure), values in grouped.items():
+        found = torch.tensor(values, dtype=torch.float64)
+        mean, half = float(found.mean()), math.nan
+        if len(values) > 1:
+            half = float(t.ppf((1 + level) / 2, len(values) - 1) * found.std() / math.sqrt(len(values)))
+        points.append(ParetoPoint(kind, k, measure, mean, mean - half, mean + half, len(values)))
+    return points
 
 
 class _Sums:
-    """Running sums over batches."""
+    """What is added up over batches for one selection."""
 
     def __init__(self, latents: int) -> None:
-        self.loss = self.divergence = self.error = self.variance = 0.0
-        self.predicted = self.active = 0
+        self.error = self.ce = self.kl = 0.0
+        self.active = 0
         self.fired = torch.zeros(latents, dtype=torch.bool)
 
-    @property
-    def ce(self) -> float:
-        return self.loss / self.predicted
-
-    def predict(self, logits: Tensor, reference: Tensor, inputs: ModelInputs, labels: Tensor | None) -> None:
-        named = inputs.leaf if labels is None else {**inputs.leaf, "labels": labels}
-        plan = plan_prediction("ce", logits.shape, named, inputs.attention_mask, None)
-        positions = plan.predicts.flatten().nonzero()[:, 0]
-        rows = logits.reshape(-1, logits.shape[-1])[positions].double()
-        before = reference.reshape(-1, logits.shape[-1])[positions].double().log_softmax(1)
-        self.loss += float(plan.loss(rows, positions))
-        self.divergence += float((before.exp() * (before - rows.log_softmax(1))).sum())
-        self.predicted += len(positions)
-
-    def reconstruct(self, x: Tensor, again: Tensor, mean: Tensor, values: Tensor, indices: Tensor) -> None:
-        self.error += float((x.double() - again.double()).square().sum())
-        self.variance += float((x.double().cpu() - mean).square().sum())
-        self.active += int((values != 0).sum())
-        self.fired[indices[values > 0].cpu()] = True
+    def add(
+        self,
+        autoencoder: SparseAutoencoder,
+        batch: TokenBatch,
+        gradient: Tensor | None,
+        there: Substitution,
+    ) -> None:
+        with torch.no_grad():
+            latents = autoencoder.encode(batch.x, gradient, selection="topk" if gradient is None else None)
+            output = autoencoder.decode(latents)
+        self.error += float((batch.x.double() - output.double()).square().sum())
+        positive = latents.values > 0
+        self.active += int(positive.sum())
+        self.fired[latents.indices[positive].cpu()] = True
+        ce, kl = there.with_activations(output)
+        self.ce, self.kl = self.ce + ce, self.kl + kl
 
 
-def _measures(found: _Sums, own: _Sums, zero: _Sums, mean: _Sums, tokens: int) -> SelectionMeasures:
-    return SelectionMeasures(
-        fvu=found.error / found.variance if found.variance else float("nan"),
-        l0=found.active / tokens,
-        dead_share=float((~found.fired).double().mean()),
-        ce=found.ce,
-        added_ce=found.ce - own.ce,
-        ce_score=_score(zero.ce, found.ce, own.ce),
-        ce_score_mean=_score(mean.ce, found.ce, own.ce),
-        kl_score=_score(zero.divergence, found.divergence, 0.0),
-    )
-
-
-def _score(ablated: float, found: float, own: float) -> float:
-    return (ablated - found) / (ablated - own) if ablated != own else float("nan")
-
-
-def _placed(value: Tensor, kept: Tensor, rows: Tensor) -> Tensor:
-    """The site's value with these rows at the kept positions."""
-    placed = value.clone()
-    placed[kept] = rows.to(value)
-    return placed
-
-
-def _warn_of_collapse(measures: Mapping[str, SelectionMeasures]) -> None:
-    fresh, free = measures.get("gradient, fresh label"), measures.get("size")
-    if fresh is not None and free is not None and free.ce_score < fresh.ce_score - LARGEST_FALL:
-        warnings.warn(
-            f"without the gradient the CE score falls from {fresh.ce_score:.3f} to {free.ce_score:.3f}: where there is "
-            "no loss to select by, use an autoencoder that was trained to select by size.",
-            stacklevel=3,
+def _mean(stream: ActivationGradientStream, batches: Sequence[Any]) -> Tensor:
+    total, count = torch.zeros(stream.width, dtype=torch.float64, device=stream.cut.device), 0
+    for batch in read_batches(stream, batches):
+        total += batch.x.double().sum(0)
+        count += len(batch.x)
+    if not count:
+        raise InputError(
+            "no token of the evaluation set counts: all are padding or skipped. Give longer texts."
         )
+    return total / count
+
+
+def _share(part: float, whole: float) -> float:
+    """NaN where there is nothing to recover."""
+    return part / whole if whole else math.nan
+
+
+def _listed(batches: Sequence[Any]) -> list[Any]:
+    if isinstance(batches, (Tensor, str, dict)) or not isinstance(batches, Sequence) or not len(batches):
+        raise InputError(
+            "batches is a list of batches that is read twice, such as [tokens]; got "
+            f"{'an empty one' if isinstance(batches, (list, tuple)) else type(batches).__name__}."
+        )
+    return list(batches)
+
+
+def _cautions(selections: dict[str, SelectionEvaluation]) -> tuple[str, ...]:
+    texts = []
+    if FRESH in selections:
+        free, fresh = selections[FREE].ce_score_mean, selections[FRESH].ce_score_mean
+        if fresh - free > _COLLAPSE:
+            texts.append(
+                f"without gradient this autoencoder recovers {free:.3g} of the loss, with it {fresh:.3g} (fresh label, "
+                "mean ablation): gradient-free inference loses what the gradient selection gained. Use it with "
+                "gradients, or a TopK autoencoder."
+            )
+    texts += [
+        f'the FVU is {each.fvu:.3g} under "{name}": worse than the mean of the activations. Is it another site?'
+        for name, each in selections.items()
+        if each.fvu > 1
+    ]
+    return tuple(texts)

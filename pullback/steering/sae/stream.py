@@ -77,7 +77,7 @@ class ActivationGradientStream:
         self.seed = seed
         self.skip_positions = tuple(skip_positions)
         self.batches = TokenBatches(token_batches, seed, process, processes)
-        first, _ = self.read_batch(next(TokenBatches(token_batches, seed)))
+        first, _ = self.split(next(TokenBatches(token_batches, seed)))
         self.cut = CutModel(model, first, site, loss, parse_bytes(logits_budget))
 
     @property
@@ -92,7 +92,7 @@ class ActivationGradientStream:
 
     def of(self, batch: Any, gradient: bool = True, draw: str = "") -> SiteActivations:
         """As ``read``, of a batch of the caller's; ``draw`` names the draws of "ce_sampled"."""
-        inputs, labels = self.read_batch(batch)
+        inputs, labels = self.split(batch)
         found = loss = None
         if gradient:
             value, found, loss = self.cut.gradient(inputs, labels, (self.seed, draw))
@@ -109,7 +109,7 @@ class ActivationGradientStream:
                 )
         return SiteActivations(x, g, kept, loss)
 
-    def read_batch(self, batch: Any) -> tuple[ModelInputs, Tensor | None]:
+    def split(self, batch: Any) -> tuple[ModelInputs, Tensor | None]:
         """The call, and the labels taken out of it: the model would only compute its own mean loss from them."""
         labels = None
         if isinstance(batch, Mapping):

@@ -77,15 +77,18 @@ def fitted(
 
 
 def recovery(vector: SteeringVector, cues: Tensor) -> dict[str, float]:
-    """The share of tokens chosen for and against that are cues of register 0 and 1, and that of all words."""
+    """Of the cues of register 0 in a prompt, at most ``K``, the share among the tokens chosen for; so with register 1
+    and those chosen against; and the share that as many random words would find.
+
+    A prompt has 1.4 cues of register 0 on average, so that not all ``K`` chosen tokens can be such.
+    """
     chosen = vector.provenance["chosen"]
     found = {}
     for name, sign in (("positive", 1), ("negative", -1)):
-        hits = [
-            float(cues[row, place] == sign) for row, each in enumerate(chosen) for place, *_ in each[name]
-        ]
-        found[name] = mean(hits)
-    return {**found, "chance": float((cues[:, 1:] != 0).double().mean()) / 2}
+        hits = sum(int(cues[row, place] == sign) for row, each in enumerate(chosen) for place, *_ in each[name])
+        found[name] = hits / int((cues == sign).sum(1).clamp(max=K).sum())
+    words = cues[:, 1:-1]
+    return {**found, "chance": K / words.shape[1]}
 
 
 def measured(variant: str, seed: int, settings: Mapping[str, int], checkpoint: Path) -> dict[str, Any]:
@@ -250,7 +253,7 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             gaps = [entry["gap"][name]["relative_gap"] for entry in every]
             warned = sum(entry["gap"][name]["warned"] for entry in every)
             lines.append(
-                f"   {name}: cues among the chosen {sides[0]} for, {sides[1]} against; gap {interval(gaps)}, warned of "
+                f"   {name}: cues found {sides[0]} of register 0, {sides[1]} of register 1; gap {interval(gaps)}, warned of "
                 f"in {warned} of {len(every)}"
             )
         chance = mean(entry["recovery"]["grains"]["chance"] for entry in every)
@@ -296,7 +299,7 @@ def main() -> None:
     parser.add_argument("--variants", default="AB", help='"A", "B" or both; others that are there are kept')
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # matrices this small gain nothing from more
-    settings = {"steps": 80, "pairs": 40, "choices": 120, "prompts": 300, "draws": 20, "token draws": 3}
+    settings = {"steps": 300, "pairs": 40, "choices": 120, "prompts": 300, "draws": 20, "token draws": 3}
     models = [(variant, seed) for seed in range(5) for variant in arguments.variants]
     if arguments.quick:
         settings = {"steps": 10, "pairs": 4, "choices": 8, "prompts": 8, "draws": 1, "token draws": 1}

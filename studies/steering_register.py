@@ -85,7 +85,9 @@ def recovery(vector: SteeringVector, cues: Tensor) -> dict[str, float]:
     chosen = vector.provenance["chosen"]
     found = {}
     for name, sign in (("positive", 1), ("negative", -1)):
-        hits = sum(int(cues[row, place] == sign) for row, each in enumerate(chosen) for place, *_ in each[name])
+        hits = sum(
+            int(cues[row, place] == sign) for row, each in enumerate(chosen) for place, *_ in each[name]
+        )
         found[name] = hits / int((cues == sign).sum(1).clamp(max=K).sum())
     words = cues[:, 1:-1]
     return {**found, "chance": K / words.shape[1]}
@@ -253,8 +255,8 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             gaps = [entry["gap"][name]["relative_gap"] for entry in every]
             warned = sum(entry["gap"][name]["warned"] for entry in every)
             lines.append(
-                f"   {name}: cues found {sides[0]} of register 0, {sides[1]} of register 1; gap {interval(gaps)}, warned of "
-                f"in {warned} of {len(every)}"
+                f"   {name}: cues found {sides[0]} of register 0, {sides[1]} of register 1; gap {interval(gaps)}, "
+                f"warned of in {warned} of {len(every)}"
             )
         chance = mean(entry["recovery"]["grains"]["chance"] for entry in every)
         lines.append(f"   by chance {chance:.3f} of either")

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pullback.steering import SteeringVector, find_blocks
-from tests.steering.models import DECODERS, OTHERS, built, generated, hooks, logits_of_generation, random_vector
+from tests.steering.models import (
+    DECODERS,
+    OTHERS,
+    built,
+    generated,
+    hooks,
+    logits_of_generation,
+    random_vector,
+)
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},

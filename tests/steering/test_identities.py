@@ -52,7 +52,9 @@ def test_answers_swapped_turn_the_vector_round_and_batches_do_not_matter(name: s
 def test_integrated_gradients_are_complete_from_a_mask_token() -> None:
     model, inputs = built("llama", double=True)
     gaps = [
-        fitted(model, asked("llama", inputs), baseline=31, steps=steps).provenance["completeness"]["relative_gap"]
+        fitted(model, asked("llama", inputs), baseline=31, steps=steps).provenance["completeness"][
+            "relative_gap"
+        ]
         for steps in (20, 128)
     ]
     assert gaps[0] <= 0.15

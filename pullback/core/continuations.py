@@ -37,7 +37,7 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
         for name, leaf in inputs.leaf.items()
         if leaf.dim() >= 2
         and leaf.shape[:2] == tokens.shape
-        and name not in (inputs.token_leaf, "attention_mask", "token_type_ids")
+        and name not in (inputs.token_leaf, "attention_mask", "token_type_ids", "mm_token_type_ids")
     ]
     if along:
         raise TargetError(
@@ -69,6 +69,9 @@ def extend(inputs: ModelInputs, ids: Sequence[Sequence[int]], last: Tensor | Non
     if "token_type_ids" in inputs.leaf:
         types = inputs.leaf["token_type_ids"]
         leaf["token_type_ids"] = torch.cat([types, types[:, -1:].expand(batch, extra)], 1)
+    if "mm_token_type_ids" in inputs.leaf:  # 0 is text, also at padding
+        kinds = inputs.leaf["mm_token_type_ids"]
+        leaf["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(batch, extra)], 1)
     if given is not None:
         leaf["attention_mask"] = mask.to(given.dtype)
     elif any(len(each) != extra for each in appended):

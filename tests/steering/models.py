@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pullback.steering import SteeringVector, find_blocks
 from tests.zoo.architectures import ARCHITECTURES, in_float64
+from tests.zoo.architectures.audio_and_multimodal import image_before_text
+from tests.zoo.architectures.building import SHARED, SIZES, Built, build, noise
 
 DECODERS = (
     "llama",
@@ -25,11 +27,32 @@ DECODERS = (
     "jamba",
     "rwkv",
 )
-OTHERS = ("t5", "bart", "llava", "qwen2_vl")
+OTHERS = ("t5", "bart", "llava", "qwen2_vl", "qwen2_5_vl")
+
+
+def qwen2_5_vl() -> Built:
+    """As the zoo's Qwen2-VL, but the first vision block looks through windows of 2 x 2 merged patches."""
+    ids = image_before_text()
+    return build(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
+        {
+            "input_ids": ids, "pixel_values": noise(2 * 16, 3 * 2 * 4 * 4),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": (ids == 3).long(),
+        },
+        text_config={
+            **SIZES, **SHARED, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 4, "patch_size": 4,
+            "intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1],
+        },
+        image_token_id=3, video_token_id=0, vision_start_token_id=1, vision_end_token_id=2,
+    )  # fmt: skip
 
 
 def built(name: str, double: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
-    model, inputs = ARCHITECTURES[name]()
+    model, inputs = qwen2_5_vl() if name == "qwen2_5_vl" else ARCHITECTURES[name]()
     return in_float64((model, inputs)) if double else (model, inputs)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``pullback explain | evaluate | steer | list | doctor | demo``.
+"""The command line: ``pullback explain | evaluate | steer | sae | list | doctor | demo``.
 
 Exit codes: 0 it worked; 2 a mistake of the user's, said in one line on stderr with the way out; 1 a fault of
 ours.
@@ -18,6 +18,7 @@ from pullback.commands.doctor import doctor
 from pullback.commands.evaluate import evaluate
 from pullback.commands.explain import explain
 from pullback.commands.listing import listing
+from pullback.commands.sae import sae
 from pullback.commands.steer import steer
 from pullback.version import __version__
 
@@ -39,6 +40,7 @@ app.command("list")(listing)
 app.command()(doctor)
 app.command()(demo)
 app.add_typer(steer, name="steer")
+app.add_typer(sae, name="sae")
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,7 +76,7 @@ def _reported(error: Exception, given: Sequence[str]) -> int:
     usage = getattr(error, "format_message", None)
     if usage is not None:  # typer's own: an unknown option, a missing argument
         command = next((word for word in given if not word.startswith("-")), "")
-        known = command in {"explain", "evaluate", "steer", "list", "doctor", "demo"}
+        known = command in {"explain", "evaluate", "steer", "sae", "list", "doctor", "demo"}
         return _said(f"{usage()} See: pullback {command + ' ' if known else ''}--help", MISTAKE)
     if _is_mistake(error):
         return _said(str(error), MISTAKE)

@@ -98,9 +98,9 @@ for name in ("none", "grains", "mean_grad", "mean_diff", "random_tokens", "rando
     )
 
 # %% [markdown]
-# It moves held-out keys more than random directions do, and no failure is flagged. The mean gradient, one backward pass
-# per answer, does as much or more here, and the
-# mean difference of hidden states about as much (studies/steering_register.py, five seeds): both are in every evaluation.
+# It moves held-out keys more than random directions do, and no failure is flagged. The mean gradient, one backward
+# pass per answer, does as much or more here, and the mean difference of hidden states about as much
+# (studies/steering_register.py, five seeds): both are in every evaluation.
 
 # %%
 band = next(row for row in found.rows if row.condition == "random" and row.measure == "margin_shift")

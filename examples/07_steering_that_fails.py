@@ -21,7 +21,8 @@ model = LlamaForCausalLM(
     )
 )  # fmt: skip
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(200):
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 450)
+for step in range(450):
     documents = register_documents(64, shared_answers=True, seed=step)
     first = documents.prompts.shape[1]
     # masked words are in what it learns, so that masking them later is nothing new to it
@@ -32,6 +33,7 @@ for step in range(200):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    schedule.step()
 model.eval()
 print(f"loss {loss.item():.3f}")
 
@@ -82,12 +84,14 @@ found = steering.evaluate(
 for flag in found.flags:
     print(flag.severity, flag.name, flag.text)
 for name in ("none", "grains", "mean_grad", "mean_diff", "random"):
-    print(f"{name:<10} right {found.value(name, 'mc1'):.2f}   moved the wrong way {found.value(name, 'anti_steerable'):.2f}")
+    wrong = found.value(name, "anti_steerable")
+    print(f"{name:<10} right {found.value(name, 'mc1'):.2f}   moved the wrong way {wrong:.2f}")
 
 # %% [markdown]
 # A failure is a reason to discard a vector. More pairs do not help: docs/concepts/steering-with-one-direction.md.
 
 # %%
 failures = {flag.name for flag in found.flags if flag.severity == "failure"}
-assert failures & {"within_random_band", "anti_steerable", "no_gain"}, failures
-found.to_html("control.html") if hasattr(found, "to_html") else vector.save("control.safetensors")
+print("failures:", ", ".join(sorted(failures)))
+assert found.failed
+found.to_csv("control.csv")

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 STUDIES = {
     "pullbacks": ("seeds.jsonl", "table.csv", "pullbacks.png"),
     "relp_ioi": ("results.jsonl", "correlations.csv", "correlations.png"),
+    "steering_images": ("results.jsonl", "table.csv", "table.txt", "steering_images.png"),
+    "steering_register": ("results.jsonl", "table.csv", "table.txt", "steering_register.png"),
 }
 
 

@@ -116,7 +116,8 @@ assert likeness.min() > 0.6
 
 # %% [markdown]
 # The circuit of a behaviour: latents ranked by their effect, then kept alone (faithfulness) or left out
-# (completeness). The autoencoder is used without gradients here, where patching runs the model on other activations.
+# (completeness). Without gradients this autoencoder does not select whispers, so that they are left to the error: the
+# error node is the circuit, which is what collapsed inference looks like from inside.
 
 # %%
 sequence = x[:32].unsqueeze(1)
@@ -134,5 +135,7 @@ for size, inside, outside in zip(sizes, curve.faithfulness, curve.completeness, 
     print(lines[-1])
 assert abs(curve.faithfulness[-1] - 1) < 1e-3
 assert abs(curve.completeness[-1]) < 1e-3
-print("first node:", complete.ranked(1)[0])
+strongest_node = complete.ranked(1)[0]
+print("first node:", strongest_node)
+assert strongest_node.latent is None
 Path("latents.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pullback.evaluation import student_interval
 
-COLOURS = ("#1b6ca8", "#c1440e", "#4d9221", "#7b4173", "#777777")
+COLOURS = ("#1b6ca8", "#c1440e", "#4d9221", "#7b4173", "#777777", "#e08214", "#35978f", "#b2182b")
 
 
 def table(records: Sequence[dict[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:

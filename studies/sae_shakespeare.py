@@ -6,7 +6,7 @@ selection (next-character loss). On held-out text each is measured in every way 
 
 - "TopK"; "TopK, gradient at evaluation": the same weights, latents chosen with a fresh label's gradient;
 - "g-SAE, fresh label", "g-SAE, data label" (its choice peeks at the label it is then judged by), "g-SAE,
-  gradient-free".
+  gradient-free"; the same with a tenth of the weight of the gradient, "beta 1".
 
 Intervals are Student's t over the autoencoders' seeds; the language model is one.
 
@@ -48,6 +48,12 @@ from studies.records import append, finished
 from studies.sae_report import pareto_figure, table, write_table
 
 SITE = "model.layers.1"
+# kind -> selection and beta, None for the settings' own
+KINDS: dict[str, tuple[Any, float | None]] = {
+    "topk": ("topk", None),
+    "gradient": ("gradient", None),
+    "gradient, beta 1": ("gradient", 1.0),
+}
 SHOWN = ("CE score, mean ablation", "added CE", "FVU")
 
 
@@ -128,13 +134,14 @@ def language_model(ids: Tensor, vocabulary: int, settings: Settings) -> nn.Modul
 
 def trained(model: nn.Module, ids: Tensor, kind: str, k: int, seed: int, settings: Settings) -> Any:
     """One autoencoder, and the share of selections that the gradient changed in the last row of its metrics."""
+    selection, beta = KINDS[kind]
     shape = SparseAutoencoderConfig(
         settings.width,
         settings.latents,
         k,
-        selection=kind,
-        beta=settings.beta,
-        dead_after=50_000,  # type: ignore[arg-type]
+        selection=selection,
+        beta=settings.beta if beta is None else beta,
+        dead_after=50_000,
     )
     count = -(-settings.tokens // (settings.batch * (settings.length - 1))) + 20
     batches = [
@@ -185,7 +192,7 @@ def measured(
             values["TopK, gradient at evaluation"] = numbers(later, "fresh label")
         else:
             for name in ("fresh label", "data label", "gradient-free"):
-                values[f"g-SAE, {name}"] = numbers(found, name)
+                values[f"g-SAE{kind.removeprefix('gradient')}, {name}"] = numbers(found, name)
     values[next(iter(values))] |= steering(model, test, autoencoder)
     return {
         "kind": kind,
@@ -262,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = {}
     for seed in range(seeds):
         for k in settings.ks:
-            for kind in ("topk", "gradient"):
+            for kind in KINDS:
                 text_key = json.dumps([*base, kind, k, seed], sort_keys=True)
                 wanted[hashlib.sha256(text_key.encode()).hexdigest()[:16]] = (kind, k, seed)
     if any(key not in known for key in wanted):

@@ -13,7 +13,6 @@ Results are appended model by model to ``results.jsonl``; what is there is not d
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,16 @@ from pullback.steering import SteeringVector, fit
 from studies.coloured_patches import trained
 from studies.records import append, finished
 from studies.register import Tokenizer, split_keys
-from studies.steering_protocol import Answered, Questions, answered, choose, effect, interval, quantile
+from studies.steering_protocol import (
+    Answered,
+    Questions,
+    answered,
+    choose,
+    effect,
+    interval,
+    quantile,
+    write_table,
+)
 
 RESULTS = Path(__file__).parent / "results" / "steering_images"
 SOURCES = ("image", "words")
@@ -254,10 +262,6 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def write(entries: Sequence[Mapping[str, Any]], out: Path) -> str:
     """The table as CSV and as text, and the picture."""
     rows = table(entries)
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     picture(entries, out / "steering_images.png")
     lines = [f"{'method':<37}{'about the image':<24}{'about the words':<24}{'both':<24}grains better by"]
     for row in rows:
@@ -265,9 +269,7 @@ def write(entries: Sequence[Mapping[str, Any]], out: Path) -> str:
             f"{row['method']:<37}{row['about the image']:<24}{row['about the words']:<24}{row['both']:<24}"
             f"{row['grains better by']}"
         )
-    text = "\n".join([*lines, "", *summary(entries)])
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    return text
+    return write_table(rows, [*lines, "", *summary(entries)], out)
 
 
 def main() -> None:

@@ -6,8 +6,10 @@ on a third set. Every method is chosen from the same settings under the same bud
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,7 +19,17 @@ from torch import Tensor, nn
 from pullback.evaluation import student_interval
 from pullback.steering import SteeringVector
 
-__all__ = ["Answered", "Questions", "Setting", "answered", "choose", "effect", "interval", "quantile"]
+__all__ = [
+    "Answered",
+    "Questions",
+    "Setting",
+    "answered",
+    "choose",
+    "effect",
+    "interval",
+    "quantile",
+    "write_table",
+]
 
 STRENGTHS = (0.2, 0.4, 0.8)
 SMALLEST_MASS = 0.9  # of what both answers have together without steering
@@ -137,3 +149,14 @@ def interval(values: Sequence[float]) -> str:
 def quantile(values: Sequence[float], share: float) -> float:
     """The empirical quantile."""
     return float(torch.tensor(list(values), dtype=torch.float64).quantile(share))
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], lines: Sequence[str], out: Path) -> str:
+    """The rows as ``table.csv``, the lines as ``table.txt``; returns the text."""
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = "\n".join(lines)
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    return text

@@ -15,7 +15,6 @@ Results are appended model by model to ``results.jsonl``; what is there is not d
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 import warnings
@@ -31,7 +30,16 @@ from pullback.datasets import Registers, register_documents
 from pullback.steering import SteeringVector, fit
 from studies.records import append, finished
 from studies.register import Tokenizer, split_keys, trained
-from studies.steering_protocol import Answered, Questions, answered, choose, effect, interval, quantile
+from studies.steering_protocol import (
+    Answered,
+    Questions,
+    answered,
+    choose,
+    effect,
+    interval,
+    quantile,
+    write_table,
+)
 
 RESULTS = Path(__file__).parent / "results" / "steering_register"
 K = 3
@@ -276,10 +284,6 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def write(entries: Sequence[Mapping[str, Any]], out: Path) -> str:
     """The table as CSV and as text, and the picture."""
     rows = table(entries)
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     picture(entries, out / "steering_register.png")
     lines = [f"{'':<3}{'method':<26}{'accuracy':<24}{'gain of log p':<25}{'grains better by':<26}in seeds"]
     for row in rows:
@@ -287,9 +291,7 @@ def write(entries: Sequence[Mapping[str, Any]], out: Path) -> str:
             f"{row['variant']:<3}{row['method']:<26}{row['accuracy']:<24}{row['gain of log p']:<25}"
             f"{row['grains better by']:<26}{row['seeds where better']} of {row['seeds']}"
         )
-    text = "\n".join([*lines, "", *summary(entries)])
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    return text
+    return write_table(rows, [*lines, "", *summary(entries)], out)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ _STEERED = 8  # examples that logit effects are measured on
 
 _HOW_TO_READ = """\
 FVU is the share of the activations' variance that the reconstruction misses: 0 is perfect, the mean alone has 1. \
-L0 counts active latents per token. "added_ce" is what the model's cross-entropy rises, in nats per token, when the \
+L0 counts active latents per token. "added CE" is what the model's cross-entropy rises, in nats per token, when the \
 reconstruction takes the activations' place; the CE scores say which share of the loss between an ablation (to zero, \
 to the mean) and the untouched model is kept, the KL score the same for all predictions.
 
@@ -217,5 +217,10 @@ def _marked(words: Any, tokens: Sequence[int], place: int) -> str:
 
 
 def _listed(words: Any, ids: Tensor, values: Tensor) -> str:
-    shown = zip(ids.tolist(), values.tolist(), strict=True)
+    sign = (
+        1 if float(values[0]) > 0 else -1
+    )  # the first is the strongest: no token of the other sign beside it
+    shown = [
+        (token, value) for token, value in zip(ids.tolist(), values.tolist(), strict=True) if sign * value > 0
+    ]
     return ", ".join(f"{_text(words, [token])!r} {value:+.2g}" for token, value in shown)

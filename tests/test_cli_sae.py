@@ -125,6 +125,12 @@ def test_mistakes_are_named_in_one_line(
         ],
         "holds no saved autoencoder": ["evaluate", *given(runs), str(tmp_path)],
         "there is no latent 99": ["show", str(runs / "topk"), *given(runs), "--latent=99", "--length=12"],
+        "--length is 4096, and the model takes": [
+            "evaluate",
+            *given(runs),
+            str(runs / "topk"),
+            "--length=4096",
+        ],
         "latents are shown on a text": ["show", str(runs / "topk"), "--latent=1"],
         "is no file": ["train", str(runs / "model"), "none.txt", "--site=x", "--out", str(tmp_path / "new")],
         'no module "nowhere"': ["train", *given(runs), "--site=nowhere", "--out", str(tmp_path / "new")],

@@ -30,7 +30,10 @@ FoldersArgument = Annotated[
     list[Path],
     typer.Argument(help="Folders that train --out wrote, or saved autoencoders.", show_default=False),
 ]
-LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens per example.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--length", min=2, help="Tokens per example. Default: 128, or what the model takes."),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Examples through the model at once.")]
 SiteOption = Annotated[
     str | None, typer.Option("--site", help="Where. Default: the site that the autoencoder was trained at.")
@@ -62,7 +65,7 @@ def train(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="To train on.")] = 1_000_000,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Per step.")] = 4096,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate")] = None,
-    length: LengthOption = 128,
+    length: LengthOption = None,
     batch_size: BatchOption = 16,
     log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps per row of metrics.csv.")] = 50,
     checkpoint_every: Annotated[int | None, typer.Option("--checkpoint-every", min=1, help="Steps.")] = None,
@@ -108,7 +111,7 @@ def evaluate(
     text: TextArgument,
     folders: FoldersArgument,
     site: SiteOption = None,
-    length: LengthOption = 128,
+    length: LengthOption = None,
     batch_size: BatchOption = 16,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with curves and latents.")] = None,
     latents: Annotated[int, typer.Option("--latents", min=1, help="Shown per autoencoder on the page.")] = 8,
@@ -170,7 +173,7 @@ def show(
     ] = None,
     site: SiteOption = None,
     contexts: Annotated[int, typer.Option("--contexts", min=1, help="Per latent.")] = 5,
-    length: LengthOption = 128,
+    length: LengthOption = None,
     batch_size: BatchOption = 16,
     tokenizer: TokenizerOption = None,
 ) -> None:
@@ -223,7 +226,7 @@ def opened(folder: Path, site: str | None, needs_site: bool = True) -> RunFolder
 
 
 def _read(
-    model: str, text: Path, tokenizer: Path | None, length: int, batch_size: int
+    model: str, text: Path, tokenizer: Path | None, length: int | None, batch_size: int
 ) -> tuple[Any, list[Any], Any]:
     """The model, the text as batches of token ids (batch, length), and the tokenizer."""
     import torch
@@ -231,6 +234,7 @@ def _read(
 
     from pullback.commands.models import load_tokenizer, named_model
     from pullback.core.errors import InputError, ModelError
+    from pullback.steering.pairs import most_tokens, require_known
 
     if not text.is_file():
         raise InputError(f"{text} is no file; expected a text.")
@@ -243,7 +247,15 @@ def _read(
     if folder is None:
         raise InputError("a model from a factory has no tokenizer; give --tokenizer DIRECTORY.")
     words = load_tokenizer(folder)
+    most = most_tokens(named.model)
+    if length is None:
+        length = 128 if most is None else min(128, most)
+    if most is not None and length > most:
+        raise InputError(
+            f"--length is {length}, and the model takes {most} tokens; give --length {most} or less."
+        )
     ids = torch.tensor(words(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    require_known(str(text), ids, named.model)
     whole = ids.numel() // length
     if whole == 0:
         raise InputError(

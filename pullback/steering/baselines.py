@@ -14,7 +14,7 @@ from pullback.core.errors import MethodError
 
 from .agreement import unit
 from .directions import fit
-from .pairs import EncodedPair, encode_answer, encode_pairs
+from .pairs import EncodedPair, encode_answer, encode_pairs, most_tokens
 from .questions import EncodedQuestion
 from .vector import SteeringVector
 
@@ -103,11 +103,9 @@ def _fitting(
     model: nn.Module, questions: Sequence[EncodedQuestion], shown: list[list[int]], tokenizer: Any
 ) -> list[EncodedQuestion] | None:
     begins = _begins(tokenizer, model)
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None)
+    most = most_tokens(model)
     longest = max(len(q.prompt.ids) + max(map(len, q.answers)) for q in questions)
-    while shown and isinstance(most, int) and sum(map(len, shown)) + longest > most:
+    while shown and most is not None and sum(map(len, shown)) + longest > most:
         shown = shown[:-1]
     if not shown:
         return None

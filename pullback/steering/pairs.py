@@ -23,9 +23,11 @@ __all__ = [
     "encode_pairs",
     "encode_prompt",
     "in_batches",
+    "most_tokens",
     "padded_inputs",
     "prompt_digest",
     "require_fitting",
+    "require_known",
     "takes",
 ]
 
@@ -269,23 +271,35 @@ def along_tokens(name: str, leaf: Tensor, pair: EncodedPair) -> bool:
 
 def require_fitting(name: str, ids: Tensor, answers: Sequence[Sequence[int]], model: nn.Module) -> None:
     """Raise InputError where a prompt with its longest answer is too long, or has tokens that the model has not."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None)
+    most = most_tokens(model)
     length = len(ids)
-    if not getattr(config, "is_encoder_decoder", False):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         length += max(len(answer) for answer in answers)
-    if isinstance(most, int) and length > most:
+    if most is not None and length > most:
         raise InputError(
             f"{name} has {length} tokens with its longer answer, and the model takes {most}; shorten the "
             "prompt or leave the pair out."
         )
+    require_known(
+        name, torch.tensor([*ids.tolist(), *(token for answer in answers for token in answer)]), model
+    )
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens the model takes at once; None where its config does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+def require_known(name: str, ids: Tensor, model: nn.Module) -> None:
+    """Raise InputError for tokens that the model has no embedding of."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
-    tokens = [*ids.tolist(), *(token for answer in answers for token in answer)]
-    wrong = [token for token in tokens if token < 0 or (rows and token >= rows)]
-    if wrong:
+    wrong = ids[(ids < 0) | (ids >= rows)] if rows else ids[ids < 0]
+    if len(wrong):
         raise InputError(
-            f"{name} has the token {wrong[0]}, which is outside the model's {rows} tokens. Is it this "
+            f"{name} has the token {int(wrong[0])}, which is outside the model's {rows} tokens. Is it this "
             "model's tokenizer?"
         )
